@@ -1,0 +1,433 @@
+"""
+LM2, a Large Memory Model: a Llama-style decoder with a bank of memory slots that its tokens read by
+cross-attention and that LSTM-style gates update. Everything about the model is in this one file.
+
+References:
+1) LM2: Kang et al. 2025, https://arxiv.org/abs/2502.06049. Equations (1)-(6) below are numbered as there.
+2) Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. The decoder; its defaults are Llama 3's.
+3) RMT: Bulatov et al. 2022, https://arxiv.org/abs/2207.06881. The baseline, memory_type="rmt".
+4) The relational memory core: Santoro et al. 2018, https://arxiv.org/abs/1806.01822. Where LM2's gates come from.
+
+Shapes, one letter one meaning, in every file:
+    B batch      T tokens of one segment (block_size)      S segments      V vocabulary
+    C width      H heads      K key-value heads      D = C/H width of a head
+    N memory slots      L layers that own a bank
+
+A *segment* is what self-attention sees at once. A longer text is a sequence of segments, and the memory is the
+only thing that passes from one to the next. It is an explicit input and output of every call; nothing is hidden
+on the module:
+    logits, loss, memory = model(idx, targets, memory)
+
+HOW DO T TOKENS UPDATE N SLOTS? The paper's equations (4)-(6) multiply T x C gates with an N x C bank and do not
+say. This file's answer, and the one place where it had to decide:
+  * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
+    the segment is full. So no token can see a later one, whatever T and N are.
+  * Rows. The segment is cut into N chunks of consecutive tokens. Slot i gathers chunk i, weighted by a learned
+    salience, into one candidate row; then (4)-(6) apply row by row, the gates seeing candidate and old slot.
+  * Why chunks. If tokens choose their slot by content, all places look alike and land in the same slot, where
+    two facts are averaged before anything has learned to tell them apart. By position, two sentences start in
+    two slots, and a lookup can be learned at once.
+  * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
+    bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
+  * Read projections. A bank read through W_Q, W_K, W_V of its own has to learn from nothing what self-attention
+    has already learned inside the segment, and does not. So the read shares its block's self-attention weights:
+    a lookup learned inside the window works on the bank as it is.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class LM2Config:
+    block_size: int = 1024  # T, tokens of one segment
+    vocab_size: int = 50304  # V
+    n_layer: int = 6  # decoder blocks
+    n_head: int = 6  # H, query heads
+    n_kv_head: int = 0  # K, key-value heads, each shared by H/K query heads; 0: as many as n_head
+    n_embd: int = 384  # C
+    intermediate_size: int = 0  # width of the feed-forward; 0: 8/3 C, rounded up to a multiple of 16
+    rope_theta: float = 500000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    tie_embeddings: bool = True  # the output head is the embedding matrix
+    qk_norm: bool = False  # normalise queries and keys per head (not in Llama; small models learn sooner)
+    token_shift: bool = False  # h_t + g * h_{t-1} before attention (not in Llama; small models learn sooner)
+    memory_type: str = "lm2"  # "lm2", "rmt" or "none"
+    memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
+    n_memory_layers: int = 0  # L, the first blocks that own a bank; 0: all
+    memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
+    forget_bias: float = 2.0  # b_forget at the start: sigmoid(2) = 0.88 of a slot survives a segment
+
+    def __post_init__(self):
+        """Fills in what is derived; raises ValueError with one sentence for a value that cannot work."""
+        if self.memory_type not in ("lm2", "rmt", "none"):
+            raise ValueError(f"memory_type must be lm2, rmt or none, not {self.memory_type!r}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("n_kv_head", "intermediate_size", "memory_slots", "n_memory_layers", "memory_top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        if not math.isfinite(self.forget_bias):
+            raise ValueError(f"forget_bias must be finite, not {self.forget_bias}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd must be an even multiple of n_head, but {self.n_embd} is not one of {self.n_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head must be a multiple of n_kv_head, but {self.n_head} is not one of {self.n_kv_head}")
+        self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 48) * 16
+        if self.n_memory_layers > self.n_layer:
+            raise ValueError(f"n_memory_layers must be at most n_layer = {self.n_layer}, not {self.n_memory_layers}")
+        if self.memory_type == "none" or self.memory_slots == 0:
+            self.memory_type, self.memory_slots = "none", 0
+        if self.memory_top_k > self.memory_slots > 0:
+            raise ValueError(f"memory_top_k must be at most memory_slots = {self.memory_slots}, not {self.memory_top_k}")
+
+
+def rms_norm(x, eps=1e-5):
+    """x / rms(x) over the last dimension, without a gain; any shape and dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+def rotate(x, rope):
+    """Rotary position embedding (Llama's half-split form). x (B, H, T, D), rope = (cos, sin), each (T, D)."""
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads. The memory reads through the same projections."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.n_embd, config.n_embd // config.n_head
+        self.head_dim, self.qk_norm = D, config.qk_norm
+        # normalised queries and keys give logits within +-sqrt(D): twice that lets a small head point at one key
+        self.scale = (2.0 if config.qk_norm else 1.0) / math.sqrt(D)
+        self.grouped = config.n_kv_head != config.n_head
+        self.wq = nn.Linear(C, C, bias=False)  # W_Q
+        self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)  # W_K
+        self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)  # W_V
+        self.wo = nn.Linear(C, C, bias=False)  # applied by the block, to what was attended to and read together
+
+    def heads(self, x, norm=False):
+        """(B, T, H*D) -> (B, H, T, D), each head normalised where asked and where the config says so."""
+        x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return rms_norm(x) if norm and self.qk_norm else x
+
+    def forward(self, h, rope, cache=None):
+        """
+        h (B, T, C), rope of its T positions; cache: a dict that keeps keys and values of the segment so far, or
+        None. With keys in the cache, T must be 1. Returns y (B, T, C) and the unrotated queries q (B, H, T, D).
+        """
+        q = self.heads(self.wq(h), norm=True)  # (B, H, T, D)
+        k = rotate(self.heads(self.wk(h), norm=True), rope)  # (B, K, T, D)
+        v = self.heads(self.wv(h))  # (B, K, T, D)
+        if cache is not None:
+            k, v = (torch.cat((cache[n], new), dim=2) if n in cache else new for n, new in (("k", k), ("v", v)))
+            cache["k"], cache["v"] = k, v
+        y = F.scaled_dot_product_attention(
+            rotate(q, rope), k, v, is_causal=h.size(1) > 1, scale=self.scale, enable_gqa=self.grouped
+        )  # (B, H, T, D)
+        return y.transpose(1, 2).flatten(2), q
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.w3 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Memory(nn.Module):
+    """The memory of one block: how its tokens read the bank M (B, N, C), and how a segment writes it."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, N, T = config.n_embd, config.memory_slots, config.block_size
+        self.top_k = config.memory_top_k
+        self.w_out = nn.Linear(C, C)  # W_out, b_out
+        self.salience = nn.Linear(C, 1, bias=False)  # how much of its chunk's slot a token claims
+        self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
+        self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
+        self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
+        # chunk i holds tokens iT//N to (i+1)T//N: uneven where N does not divide T, one token where N > T
+        first = torch.arange(N) * T // N  # (N,)
+        last = torch.maximum(first + 1, (torch.arange(N) + 1) * T // N)  # (N,)
+        t = torch.arange(T)
+        self.register_buffer("outside", (t < first[:, None]) | (t >= last[:, None]), persistent=False)  # (N, T)
+
+    def read(self, q, M, attn):
+        """q (B, H, T, D): the tokens' queries, not rotated: slots have no order. Returns E_gated (B, T, C)."""
+        m = rms_norm(M).to(q.dtype)  # (B, N, C)
+        # (1)  Q = E_t W_Q,  K = M_t W_K,  V = M_t W_V                      Q is q: the block's own projections
+        k = attn.heads(attn.wk(m), norm=True)  # (B, K, N, D)
+        v = attn.heads(attn.wv(m))  # (B, K, N, D)
+        # (1)  A = softmax(Q K^T / sqrt(d)), optionally over the top k slots;  E_mem = A V
+        E_mem = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.best(q, k, attn.scale), scale=attn.scale, enable_gqa=attn.grouped
+        )  # (B, H, T, D)
+        E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
+        # (2)  g_out = sigmoid(E_mem W_out)
+        g_out = torch.sigmoid(self.w_out(E_mem))  # (B, T, C)
+        # (2)  E_gated = g_out * E_mem                      printed with M_t for E_mem, whose shape does not fit
+        return g_out * E_mem
+
+    def best(self, q, k, scale):
+        """Mask (B, H, T, N) of each token's top_k slots, or None where all are read."""
+        if self.top_k == 0:
+            return None
+        scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale  # (B, H, T, N)
+        return scores >= scores.topk(self.top_k, dim=-1).values[..., -1:]
+
+    def write(self, h, M):
+        """h (B, T, C) of a full segment, M (B, N, C) float32 as the segment read it. Returns M_t+1 (B, N, C)."""
+        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t            T rows become N
+        claim = self.salience(h).mT.masked_fill(self.outside, -math.inf).softmax(dim=-1)  # (B, N, T)
+        c = claim.to(h.dtype) @ h  # (B, N, C)
+        m = rms_norm(M).to(h.dtype)  # (B, N, C)
+        # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
+        g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
+        # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996
+        g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
+        # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
+        return g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
+
+
+class Block(nn.Module):
+    def __init__(self, config, has_memory):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
+        self.memory = Memory(config) if has_memory else None
+
+    def forward(self, x, rope, M=None, cache=None):
+        """x (B, T, C), M (B, N, C) where the block has a memory. Returns x and h (B, T, C), what a write needs."""
+        h = self.norm1(x)
+        if self.shift is not None:
+            before = torch.zeros_like(h[:, :1]) if cache is None or "h" not in cache else cache["h"]
+            if cache is not None:
+                cache["h"] = h[:, -1:]
+            h = h + self.shift * torch.cat((before, h[:, :-1]), dim=1)
+        y, q = self.attn(h, rope, cache)
+        if self.memory is not None:
+            # (3)  E_next = E_attn + E_gated                one output projection serves both
+            y = y + self.memory.read(q, M, self.attn)
+        x = x + self.attn.wo(y)
+        return x + self.mlp(self.norm2(x)), h
+
+
+class LM2(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        L = (c.n_memory_layers or c.n_layer) if c.memory_type == "lm2" else 0
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c, has_memory=i < L) for i in range(c.n_layer))
+        self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+        # RMT: the memory tokens that a text starts with
+        self.memory_tokens = nn.Parameter(torch.empty(c.memory_slots, c.n_embd)) if c.memory_type == "rmt" else None
+        D, positions = c.n_embd // c.n_head, c.block_size + (2 * c.memory_slots if c.memory_type == "rmt" else 0)
+        freq = c.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+        angle = torch.outer(torch.arange(positions).float(), freq).repeat(1, 2)  # (positions, D)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Sets every parameter. The decoder is drawn before its memory, so one seed gives all types one decoder."""
+        g = torch.Generator().manual_seed(torch.initial_seed())
+
+        def normal(weight, std):  # drawn on the CPU: the same numbers on every device
+            weight.copy_(torch.randn(weight.shape, generator=g) * std)
+
+        normal(self.embed.weight, 0.02 if self.config.tie_embeddings else 1.0)
+        if not self.config.tie_embeddings:
+            self.head.weight.zero_()
+        for block in self.blocks:
+            for linear in (block.attn.wq, block.attn.wk, block.attn.wv, block.attn.wo, *block.mlp.children()):
+                normal(linear.weight, linear.in_features**-0.5)
+            if block.shift is not None:
+                block.shift.fill_(0.5)
+        for memory in (block.memory for block in self.blocks if block.memory is not None):
+            for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
+                normal(linear.weight, linear.in_features**-0.5)
+            memory.salience.weight.zero_()  # a plain mean at first
+            memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
+            memory.w_out.bias.zero_()
+            memory.w_in.bias.zero_()
+            memory.w_forget.bias.fill_(self.config.forget_bias)
+        if self.memory_tokens is not None:
+            normal(self.memory_tokens, 0.02 if self.config.tie_embeddings else 1.0)
+
+    def num_params(self, memory=True):
+        """How many parameters; memory=False: those of the decoder alone."""
+        return sum(p.numel() for n, p in self.named_parameters() if memory or "memory" not in n)
+
+    def initial_memory(self, batch_size):
+        """
+        The memory before any text, float32: LM2's banks (L, B, N, C), RMT's tokens (1, B, N, C), or, with no
+        memory, an empty tensor (0, B, 0, C). A plain tensor: detach it, move it, save it.
+        """
+        c = self.config
+        if c.memory_type == "rmt":
+            return self.memory_tokens.float().expand(1, batch_size, -1, -1)
+        # M_0 = I: slots must start different. Row i is e_(i mod C): a zero row would explode when normalised
+        rows = torch.arange(c.memory_slots, device=self.embed.weight.device) % c.n_embd
+        L = sum(block.memory is not None for block in self.blocks)
+        return F.one_hot(rows, c.n_embd).float().expand(L, batch_size, -1, -1)
+
+    def segment(self, idx, memory, cache=None, start=0):
+        """
+        The decoder on tokens idx (B, T) of one segment, `start` tokens into it. Returns final states (B, T, C) and
+        the memory, written if the segment is full. cache: a list with a dict per block, to go on token by token.
+        """
+        x = self.embed(idx)  # (B, T, C)
+        full = idx.size(1) == self.config.block_size
+        if self.config.memory_type == "rmt":
+            x, start, M = self.rmt_wrap(x, memory[0].type_as(x), start, full)
+        rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
+        written = []
+        for i, block in enumerate(self.blocks):
+            M = memory[i] if block.memory is not None else None  # (B, N, C)
+            x, h = block(x, rope, M, None if cache is None else cache[i])
+            if full and block.memory is not None:
+                written.append(block.memory.write(h, M))
+        x = self.norm(x)
+        if self.config.memory_type == "rmt":
+            return self.rmt_unwrap(x, memory, start, full)
+        return x, torch.stack(written) if written else memory
+
+    def rmt_wrap(self, x, M, start, full):
+        """RMT: [M | tokens | M], the leading copy to read, the trailing one, behind a full segment, to write."""
+        lead = [] if start else [M]
+        start = start + M.size(1) if start else 0
+        return torch.cat(lead + [x] + ([M] if full else []), dim=1), start, None
+
+    def rmt_unwrap(self, x, memory, start, full):
+        """The states of the tokens, and of the trailing M, which become the memory tokens of the next segment."""
+        N = memory.size(2)
+        x = x if start else x[:, N:]
+        return (x[:, :-N], x[None, :, -N:].float()) if full else (x, memory)
+
+    def loss(self, logits, targets, weights=None):
+        """Cross-entropy averaged by weight over the targets that are not -1; 0 if there are none. A scalar."""
+        weights = (targets != -1).float() if weights is None else weights * (targets != -1)  # (B, T)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
+        total = weights.sum()
+        return (losses * weights.flatten()).sum() / torch.where(total > 0, total, 1.0)
+
+    def forward(self, idx, targets=None, memory=None, weights=None):
+        """
+        One segment. idx (B, T) int64, T at most block_size; targets (B, T) int64, -1 where none; memory as from
+        initial_memory, which it defaults to; weights (B, T) float, of each target in the loss.
+        Returns logits (B, T, V), loss (scalar, or None without targets) and the memory after the segment: written
+        from a full one, as it was from a shorter one. Raises ValueError for a segment longer than block_size.
+        """
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"a segment holds {self.config.block_size} tokens, not {idx.size(1)}: use unroll")
+        x, memory = self.segment(idx, self.initial_memory(idx.size(0)) if memory is None else memory)
+        logits = self.head(x)  # (B, T, V)
+        return logits, None if targets is None else self.loss(logits, targets, weights), memory
+
+    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0):
+        """
+        Any number of segments, the memory carried through; arguments and returns as forward's, over all S*T
+        tokens, the loss normalised once over all targets. Gradients cross every border, unless bptt_segments > 0
+        cuts them after every so many.
+        """
+        T, logits = self.config.block_size, []
+        for s, part in enumerate(idx.split(T, dim=1)):
+            if s and bptt_segments and s % bptt_segments == 0:
+                memory = memory.detach()
+            out, _, memory = self(part, memory=memory)
+            logits.append(out)
+        logits = torch.cat(logits, dim=1)  # (B, S*T, V)
+        return logits, None if targets is None else self.loss(logits, targets, weights), memory
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, state=None, temperature=1.0, top_k=None, on_token=None):
+        """
+        Reads a prompt idx (B, any length), then continues it by max_new_tokens, sampled at `temperature` (0: the
+        most likely token) from the top_k. state = (memory, tokens (B, t) since it was written) from an earlier call,
+        or None. on_token is called with every new token (B, 1), and ends the text by returning True. Returns idx with
+        the new tokens, and the state after them. Within a segment keys and values are cached; when a token follows a
+        full segment, that segment is read once more, as a whole, to write the memory.
+        """
+        memory, tail = (self.initial_memory(idx.size(0)), idx[:, :0]) if state is None else state
+        tail, cache = torch.cat((tail, idx), dim=1), None
+        if max_new_tokens > 0 and tail.size(1) == 0:
+            raise ValueError("there is nothing to continue: neither the prompt nor the state holds a token")
+        while True:
+            while tail.size(1) > self.config.block_size:
+                _, memory = self.segment(tail[:, : self.config.block_size], memory)
+                tail, cache = tail[:, self.config.block_size :], None
+            if max_new_tokens <= 0:
+                return idx, (memory, tail)
+            if cache is None:
+                cache = [{} for _ in self.blocks]
+                x, _ = self.segment(tail, memory, cache)
+            else:
+                x, _ = self.segment(tail[:, -1:], memory, cache, start=tail.size(1) - 1)
+            token = self.sample(self.head(x[:, -1]), temperature, top_k)  # (B, 1)
+            idx, tail = torch.cat((idx, token), dim=1), torch.cat((tail, token), dim=1)
+            max_new_tokens = 0 if on_token is not None and on_token(token) else max_new_tokens - 1
+
+    @staticmethod
+    def sample(logits, temperature, top_k):
+        """One token (B, 1) from logits (B, V)."""
+        if temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = logits.float() / temperature
+        if top_k:
+            worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, -math.inf)
+        return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
+        """
+        A list of optimizers: one AdamW for everything or, if muon_lr > 0, torch.optim.Muon for the matrices inside
+        the blocks and AdamW for the rest. Matrices decay; vectors (norms, biases, salience, shift) do not.
+        """
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2 and min(p.shape) > 1]
+        inside = {id(p) for p in matrices}
+        rest = [p for p in self.parameters() if id(p) not in inside]
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2 and min(p.shape) > 1], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2 or min(p.shape) == 1], "weight_decay": 0.0},
+        ]
+        if muon_lr:
+            muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
+            return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
+        groups[0]["params"] += matrices
+        return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)]
+
+    def estimate_mfu(self, tokens, seconds, peak_flops):
+        """Model FLOPs utilisation: the share of peak_flops (per second) that training on `tokens` needed."""
+        c = self.config
+        L = sum(block.memory is not None for block in self.blocks)
+        per_slot = sum(p.numel() for n, p in self.named_parameters() if "blocks" in n and "memory.w" in n or "memory.u" in n)
+        per_token = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
+        per_token += L * c.n_embd**2 + per_slot * c.memory_slots / c.block_size  # the output gate, and the write
+        attended = c.n_layer * c.block_size + 2 * L * c.memory_slots  # self-attention, read; pooling
+        return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

@@ -1,0 +1,634 @@
+"""
+The data: facts of bAbI stories (qa1..qa10) hidden in a haystack of English, as BABILong hides them.
+
+$ python prepare_babilong.py                                 # writes data/babilong, with no network and no download
+$ python prepare_babilong.py --show=qa2 --length=1k          # prints one sample, its facts marked
+$ python prepare_babilong.py --babi_dir=DIR --background=BOOK.txt,FOLDER   # published stories, your own haystack
+
+What is written are the sources, plain files to look into: stories, sentences, tokenizer. The samples are composed
+from them on the fly by (seed, index, task, length); training never sees one twice.
+
+References:
+1) bAbI: Weston et al. 2015, https://arxiv.org/abs/1502.05698. The simulator writes the published v1.2 format.
+2) BABILong: Kuratov et al. 2024, https://arxiv.org/abs/2406.10149. Composition, lengths and scoring.
+"""
+import argparse
+import ast
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+from bisect import bisect
+from collections import Counter, defaultdict, namedtuple
+from functools import lru_cache
+from itertools import accumulate, chain
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+TASKS = tuple(f"qa{i}" for i in range(1, 11))
+CHARS_PER_1K = 4200  # characters of English in 1,000 GPT-2 tokens, the unit of BABILong's lengths
+MIN_TOKENS = 10  # shorter background sentences are dropped, as in BABILong
+
+# -----------------------------------------------------------------------------
+# the simulator of bAbI v1.2
+
+PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+PLACES_QA10 = ("bedroom", "cinema", "kitchen", "office", "park", "school")
+OBJECTS = ("apple", "football", "milk")
+PEOPLE = {"qa5": ("Mary", "Fred", "Bill", "Jeff"), "qa7": ("John", "Mary", "Sandra", "Daniel"),
+          "qa10": ("Fred", "Bill", "Mary", "Julie")}  # their order decides who receives; elsewhere it means nothing
+ALL_PEOPLE = sorted({"Mary", "John", "Daniel", "Sandra"}.union(*PEOPLE.values()))
+KINDS = {"qa1": ("move",), "qa2": ("move", "get", "drop"), "qa3": ("move", "get", "drop"),
+         "qa5": ("move", "get", "drop", "give"), "qa6": ("move", "get", "drop"),
+         "qa7": ("move", "get", "drop", "give"), "qa8": ("move", "get", "drop")}
+VERBS = {"move": ("moved", "went", "went back", "journeyed", "travelled"),
+         "get": ("picked up", "grabbed", "took", "got"),
+         "drop": ("put down", "dropped", "left", "discarded"),
+         "give": ("gave", "handed", "passed")}
+NUMBERS = ("none", "one", "two", "three")
+LABELS = {"qa5": ("Mary", "Fred", "Bill", "Jeff", *OBJECTS), "qa6": ("yes", "no"), "qa7": NUMBERS,
+          "qa8": (*OBJECTS, "nothing"), "qa9": ("yes", "no"), "qa10": ("yes", "no", "maybe")}
+LABELS = {task: LABELS.get(task, PLACES) for task in TASKS}
+LISTS = {"qa8": (",".join(OBJECTS),)}  # the longest answer that is made of several labels
+
+# a line of a story: a statement (answer None), or a question with its answer and the numbers of the lines it rests on
+Line = namedtuple("Line", "text answer support", defaults=(None, ()))
+# what a statement did: `line` its number from 1; `what` a place for a move, else an object; `to` who received it
+Event = namedtuple("Event", "line kind who what to", defaults=(None,))
+
+
+class World:
+    """People who walk about a fixed set of places and carry objects: qa1, 2, 3, 5, 6, 7 and 8."""
+
+    def __init__(self, task, rng):
+        self.task, self.rng = task, rng
+        self.people = PEOPLE.get(task, ("Mary", "John", "Daniel", "Sandra"))
+        self.place = {x: rng.choice(PLACES) for x in self.people + OBJECTS}  # hidden from the reader at first
+        self.holder = dict.fromkeys(OBJECTS)
+
+    def step(self, line):
+        """One statement. Returns (text, Event). What cannot happen is drawn again, whole."""
+        rng = self.rng
+        while True:
+            kind, who, to = rng.choice(KINDS[self.task]), rng.choice(self.people), None
+            if kind == "move":
+                what = rng.choice(PLACES)
+                if what == self.place[who]:
+                    continue
+                self.place[who] = what
+                return f"{who} {rng.choice(VERBS[kind])} to the {what}.", Event(line, kind, who, what)
+            if kind == "give":  # not random at all: the first object and the first person that will do
+                pairs = [(o, p) for o in OBJECTS for p in self.people
+                         if self.holder[o] not in (None, p) and self.place[p] == self.place[self.holder[o]]]
+                if not pairs:
+                    continue
+                what, to = pairs[0]
+                who, self.holder[what] = self.holder[what], to
+                return f"{who} {rng.choice(VERBS[kind])} the {what} to {to}.", Event(line, kind, who, what, to)
+            if kind == "get":
+                within_reach = [o for o in OBJECTS if self.holder[o] is None and self.place[o] == self.place[who]]
+            else:
+                within_reach = [o for o in OBJECTS if self.holder[o] == who]
+            if within_reach:
+                what = rng.choice(within_reach)
+                self.holder[what], self.place[what] = (who if kind == "get" else None), self.place[who]
+                there = " there" if rng.random() < (1.0 if kind == "get" and self.task != "qa3" else 0.2) else ""
+                return f"{who} {rng.choice(VERBS[kind])} the {what}{there}.", Event(line, kind, who, what)
+
+    def ask(self, focus, events):
+        """A question about the event `focus`: (text, answer, support), or None where its reader could not know."""
+        rng, who = self.rng, focus.who
+        moves = [e for e in events if e.kind == "move" and e.who == who]
+        if self.task in ("qa1", "qa6") and focus.kind == "move":
+            if self.task == "qa1":
+                return f"Where is {who}?", moves[-1].what, (moves[-1].line,)
+            here = moves[-1].what
+            place = here if rng.random() < 0.5 else rng.choice([p for p in PLACES if p != here])
+            return f"Is {who} in the {place}?", "yes" if place == here else "no", (moves[-1].line,)
+        if focus.kind == "move":
+            return None
+        handled = [e for e in events if e.kind != "move" and e.what == focus.what]
+        if self.task == "qa2":
+            last = handled[-1]
+            moves = [e for e in events if e.kind == "move" and e.who == last.who]
+            moves = [e for e in moves if (e.line < last.line) == (last.kind == "drop")]
+            return (f"Where is the {last.what}?", moves[-1].what, (last.line, moves[-1].line)) if moves else None
+        if self.task == "qa3":
+            got = [e for e in handled if e.kind == "get"][-1]
+            until = handled[-1].line if handled[-1].kind == "drop" else float("inf")
+            carried = [e for e in events if e.kind == "move" and e.who == got.who and got.line < e.line < until]
+            if len(carried) < 2:
+                return None
+            place = rng.choice(carried).what
+            last = max(i for i, e in enumerate(carried) if e.what == place)
+            if last == 0:
+                return None
+            support = (handled[-1].line, carried[last].line, carried[last - 1].line)
+            return f"Where was the {got.what} before the {place}?", carried[last - 1].what, support
+        if self.task == "qa5":
+            if focus.kind != "give":
+                return None
+            line, _, a, o, b = [e for e in handled if e.kind == "give"][-1]
+            questions = [(f"What did {a} give to {b}?", o)] * 2 + [
+                (f"Who gave the {o}?", a), (f"Who gave the {o} to {b}?", a),
+                (f"Who received the {o}?", b), (f"Who did {a} give the {o} to?", b)]
+            return *rng.choice(questions), (line,)
+        if self.task == "qa7":
+            count = sum(holder == who for holder in self.holder.values())
+            lines = tuple(e.line for e in events if e.kind != "move" and who in (e.who, e.to))
+            return f"How many objects is {who} carrying?", NUMBERS[count], lines
+        if self.task == "qa8":
+            mine = [e for e in events if e.kind != "move" and e.who == who]
+            order = list(dict.fromkeys(e.what for e in mine))  # in which the person first ever took them
+            answer = ",".join(o for o in order if self.holder[o] == who) or "nothing"
+            lines = tuple(e.line for o in order for e in mine if e.what == o)
+            return f"What is {who} carrying?", answer, lines
+        return None
+
+
+class VagueWorld:
+    """People who move with every statement, which may only deny (qa9) or narrow down (qa10) where they are."""
+
+    def __init__(self, task, rng):
+        self.task, self.rng = task, rng
+        self.people = PEOPLE.get(task, ("Mary", "John", "Daniel", "Sandra"))
+        self.places = PLACES_QA10 if task == "qa10" else PLACES
+        self.place = {p: rng.choice(self.places) for p in self.people}
+
+    def step(self, line):
+        rng, who = self.rng, self.rng.choice(self.people)
+        old = self.place[who]
+        new = self.place[who] = rng.choice([p for p in self.places if p != old])
+        draw = rng.random()
+        if draw < 0.5:
+            return f"{who} {rng.choice(VERBS['move'])} to the {new}.", Event(line, "at", who, (new,))
+        if draw < 0.75:
+            return f"{who} is in the {new}.", Event(line, "at", who, (new,))
+        if self.task == "qa9":
+            return f"{who} is {rng.choice(('not', 'no longer'))} in the {old}.", Event(line, "not", who, (old,))
+        pair = [new, rng.choice(self.places)]
+        rng.shuffle(pair)
+        return f"{who} is either in the {pair[0]} or the {pair[1]}.", Event(line, "either", who, tuple(pair))
+
+    def ask(self, focus, events):
+        rng, who = self.rng, focus.who
+        last = [e for e in events if e.who == who][-1]
+        here = self.place[who]
+        place = here if rng.random() < 0.5 else rng.choice([p for p in self.places if p != here])
+        if last.kind == "not":
+            place = last.what[0]
+        named = place in last.what
+        answer = {"at": "yes" if named else "no", "not": "no", "either": "maybe" if named else "no"}[last.kind]
+        return f"Is {who} in the {place}?", answer, (last.line,)
+
+
+def line_up_places(rng):
+    """A story of qa4: three places in a row, told by two statements. Returns its three lines."""
+    places, axis = rng.sample(PLACES, 3), rng.choice((("north", "south"), ("west", "east")))
+    facts = []
+    for i in (0, 1):  # places[i] lies next to places[i + 1], in direction axis[0] of it
+        outer, middle = (i, i + 1) if i == 0 else (i + 1, i)
+        subject, other = (outer, middle) if rng.random() < 2 / 3 else (middle, outer)
+        facts.append((places[subject], axis[subject > other], axis[subject < other], places[other]))
+    rng.shuffle(facts)
+    line = rng.choice((0, 1))
+    subject, direction, opposite, other = facts[line]
+    question = rng.choice((f"What is {direction} of the {other}?", f"What is the {other} {opposite} of?"))
+    return [Line(f"The {x} is {d} of the {y}.") for x, d, _, y in facts] + [Line(question, subject, (line + 1,))]
+
+
+def simulate(task, rng, questions=5, at_end=0):
+    """
+    One story of `task` as a list of Lines: `questions` times two statements or more and a question, as published;
+    then up to `at_end` further questions, each different from the ones since the last statement.
+    """
+    if task == "qa4":
+        return line_up_places(rng)
+    world, lines, events = (VagueWorld if task in ("qa9", "qa10") else World)(task, rng), [], []
+
+    def ask():
+        for _ in range(50):  # about one of the last five statements
+            if question := world.ask(rng.choice(events[-5:]), events):
+                return question
+
+    for _ in range(questions):
+        question = None
+        while question is None:
+            for _ in range(2):
+                text, event = world.step(len(lines) + 1)
+                lines.append(Line(text))
+                events.append(event)
+            question = ask()
+        lines.append(Line(*question))
+    asked = {lines[-1].text}
+    for _ in range(at_end):
+        question = ask()
+        if question and question[0] not in asked:
+            asked.add(question[0])
+            lines.append(Line(*question))
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# the published file format
+
+def format_babi(task, stories):
+    """Stories as text in bAbI's format: 'ID text', or 'ID question<TAB>answer<TAB>support'; IDs restart at 1."""
+    space = "" if task == "qa4" else " "  # between a question and its tab
+    return "".join(
+        f"{i} {text}\n" if answer is None else f"{i} {text}{space}\t{answer}\t{' '.join(map(str, support))}\n"
+        for story in stories for i, (text, answer, support) in enumerate(story, 1))
+
+
+def read_babi(path):
+    """Stories (lists of Lines) of a bAbI file. Raises ValueError, with the line's number, for anything else."""
+    stories = []
+    try:
+        rows = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({e.reason} at byte {e.start})") from None
+    for number, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        match = re.fullmatch(r"(\d+) ([^\t]+?) *(?:\t([^\t]+)\t([\d ]+))?\r?", row)
+        if not match:
+            raise ValueError(f"{path}, line {number}: not 'ID text' or 'ID question<TAB>answer<TAB>support ids'")
+        i, text, answer, support = match.groups()
+        if i == "1":
+            stories.append([])
+        support = tuple(map(int, (support or "").split()))
+        if not stories or int(i) != len(stories[-1]) + 1 or any(not 0 < s < int(i) for s in support):
+            raise ValueError(f"{path}, line {number}: line IDs must count from 1, and support must name earlier ones")
+        stories[-1].append(Line(text, answer, support))
+    stories = [story for story in stories if any(line.answer for line in story)]
+    if not stories:
+        raise ValueError(f"{path} holds no story with a question")
+    return stories
+
+
+def find_babi(folder, task):
+    """Stories of `task` in all its files under `folder`, named as published (qa1_....txt) or as here (qa1.txt)."""
+    files = sorted(p for p in Path(folder).rglob("qa*.txt") if re.match(rf"{task}(_|\.txt$)", p.name))
+    if not files:
+        raise ValueError(f"{folder} holds no file for {task}: expected {task}_something.txt or {task}.txt")
+    return [story for path in files for story in read_babi(path)]
+
+
+# -----------------------------------------------------------------------------
+# the haystack and the tokenizer
+
+def split_sentences(text):
+    """The sentences of plain text, white space normalised."""
+    return re.split(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])", " ".join(text.split()))
+
+
+def python_documentation():
+    """English sentences of the documentation every Python carries: pydoc's topics, the standard library's docstrings."""
+    from pydoc_data.topics import topics
+    docs = [topics[name] for name in sorted(topics)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    for path in tqdm(sorted(p for p in library.rglob("*.py") if not skip & set(p.relative_to(library).parts)),
+                     desc="reading Python's own documentation", unit="file", leave=False):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue  # some files of the library are not meant to be parsed
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docs += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    prose = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()-]*[.!?]")  # leaves out tables, code and signatures
+    return [s for doc in docs for par in re.split(r"\n\s*\n", doc) for s in split_sentences(par) if prose.fullmatch(s)]
+
+
+def read_background(paths):
+    """Sentences of text files and folders of *.txt. Raises ValueError for a path that gives none."""
+    sentences = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"background {path} does not exist")
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"background {path} is a folder without a .txt file")
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"background {file} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+            sentences += split_sentences(text)
+    return sentences
+
+
+def clean_background(sentences, source):
+    """Every sentence once, without those that name a person of any task. Raises ValueError where too few are left."""
+    person = re.compile(rf"\b({'|'.join(ALL_PEOPLE)})\b")
+    sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
+    if len(sentences) < 100:
+        raise ValueError(f"background {source} holds {len(sentences)} usable sentences; at least 100 are needed")
+    return sentences
+
+
+# a newline is always a token of its own; a word takes along the space before it; every character matches something
+PATTERN = r"\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?=[^\S\n])|[^\S\n]"
+
+
+def train_tokenizer(sentences, vocab_size):
+    """Byte-level BPE on `sentences`, each bAbI word one token with and without a space. Returns {bytes: rank}."""
+    stories = [line for task in TASKS for i in range(300) for line in simulate(task, random.Random(i))]
+    babi = {w for text, answer, _ in stories for w in re.findall(r"\w+", f"{text} {answer}")}.union(*LABELS.values())
+    babi = sorted(w.encode() for word in babi for w in (word, " " + word))
+    if vocab_size < 256 + len(babi):
+        raise ValueError(f"vocab_size must be at least {256 + len(babi)}: the 256 bytes and the words of the tasks")
+    pattern = PATTERN.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")  # near enough, for Python's re
+    counts = Counter(piece.encode() for s in sentences for piece in re.findall(pattern, " " + s))
+    pieces = [[bytes([b]) for b in piece] for piece in counts]
+    counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)
+
+    def count(i, sign):
+        for pair in zip(pieces[i], pieces[i][1:]):
+            pairs[pair] += sign * counts[i]
+            where[pair].add(i)
+
+    for i in range(len(pieces)):
+        count(i, +1)
+    ranks = {bytes([b]): b for b in range(256)}
+    while pairs and len(ranks) + sum(w not in ranks for w in babi) < vocab_size:
+        pair = max(pairs, key=lambda p: (pairs[p], p))
+        if pairs[pair] < 2:
+            break
+        ranks.setdefault(b"".join(pair), len(ranks))
+        for i in where.pop(pair):
+            count(i, -1)
+            merged = []
+            for token in pieces[i]:
+                if merged and (merged[-1], token) == pair:
+                    merged[-1] += token
+                else:
+                    merged.append(token)
+            pieces[i] = merged
+            count(i, +1)
+        del pairs[pair]
+    for word in babi:  # last: a whole word is looked up first, so its rank needs no path of merges
+        ranks.setdefault(word, len(ranks))
+    return ranks
+
+
+def make_encoding(ranks):
+    """The tiktoken.Encoding of {bytes: rank}. It has no special tokens: what a user types is always text."""
+    return tiktoken.Encoding("babilong", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def dump_ranks(ranks):
+    """{bytes: rank} as text, in tiktoken's own file format: a line 'base64 rank' for each token."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+def parse_ranks(text):
+    """The inverse of dump_ranks. Raises ValueError for anything else."""
+    try:
+        rows = [row.split() for row in text.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    except ValueError as e:
+        raise ValueError(f"the tokenizer is not made of lines 'base64 rank' ({e})") from None
+    if sorted(ranks.values()) != list(range(len(rows))) or len(ranks) < 256:
+        raise ValueError("the tokenizer is damaged: its ranks are not 0, 1, 2, ...")
+    return ranks
+
+
+# -----------------------------------------------------------------------------
+# samples
+
+# tokens (S*T,) int64; answers: spans of all answers in them; prompt: where the last answer starts; its question and
+# target; facts: {line number: span}; support: the line numbers the answer rests on
+Sample = namedtuple("Sample", "tokens answers prompt question target facts support")
+
+
+def parse_length(length):
+    """Characters of text in a length like '0k', '4k' or '1M'. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)([kM])", length)
+    if not match:
+        raise ValueError(f"a length is a number of k or M, like 0k, 4k or 1M, not {length!r}")
+    return int(match[1]) * CHARS_PER_1K * (1000 if match[2] == "M" else 1)
+
+
+def written(answer):
+    """An answer as the model writes it: 'milk,football' becomes ' milk, football.'"""
+    return " " + answer.replace(",", ", ") + "."
+
+
+def score(task, question, target, output):
+    """BABILong's rule: up to the first full stop, `output` names the target's labels and no other of the task's."""
+    labels = {label.lower() for label in LABELS[task]}
+    named = labels & set(re.findall(r"\w+", output.split(".")[0].lower()))
+    target = set(target.lower().split(","))
+    return named - (set(re.findall(r"\w+", question.lower())) - target) == target
+
+
+class Babilong:
+    """
+    Composes samples. stories: {task: [story, ...]} to draw from, or None to simulate fresh ones; sentences: the
+    haystack, in order; a sample is a whole number of segments of block_size tokens.
+    """
+
+    def __init__(self, encoding, stories, sentences, block_size):
+        self.encoding, self.stories, self.sentences, self.block_size = encoding, stories, sentences, block_size
+        self.encode = lru_cache(maxsize=100_000)(lambda text: tuple(encoding.encode_ordinary(text)))
+        (self.newline,) = self.encode("\n")
+        haystack = encoding.encode_ordinary_batch([" " + s for s in sentences])
+        self.haystack = [tokens for tokens in haystack if len(tokens) >= MIN_TOKENS]
+        if not self.haystack:
+            raise ValueError(f"the background has no sentence of {MIN_TOKENS} tokens or more")
+        self.chars = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
+        # every answer of a task takes the room of the longest: its position must not tell how long it is
+        self.room = {task: max(len(self.encode(written(a))) for a in (*LABELS[task], *LISTS.get(task, ()))) for task in TASKS}
+
+    def digest(self):
+        """A hash of everything that samples are made of."""
+        return hashlib.sha256(repr((self.stories, self.sentences)).encode()).hexdigest()[:16]
+
+    def noise(self, rng, budget, cost):
+        """Consecutive sentences from a random place on whose tokens' costs add up to budget; the last one is cut."""
+        at, sentences = rng.randrange(len(self.haystack)), []
+        while budget > 0:
+            sentence = self.haystack[at % len(self.haystack)]
+            ends = list(accumulate(cost[t] for t in sentence))
+            sentences.append(sentence[: bisect(ends, budget)])
+            at, budget = at + 1, budget - ends[-1]
+        return sentences
+
+    def sample(self, task, seed, index, segments=None, length=None, dense=False, noise=True):
+        """
+        Sample `index` of `task`: of `segments` segments, or of a BABILong length such as "4k", rounded up to whole
+        segments. dense: with further questions, in between and at the end, for training. noise=False: newlines in
+        place of a haystack. Raises ValueError if no story fits.
+        """
+        rng = random.Random(f"{seed}/{task}/{segments}/{length}/{index}")
+        for _ in range(1000):
+            if self.stories is None:
+                story = simulate(task, rng, questions=rng.randint(1, 5), at_end=3 if dense else 0)
+            else:
+                story = rng.choice(self.stories[task])
+                story = story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
+            if sample := self.compose(task, rng, story, segments, length, dense, noise):
+                return sample
+        raise ValueError(f"no story of {task} fits {segments} segments of {self.block_size} tokens")
+
+    def compose(self, task, rng, story, segments, length, dense, noise):
+        """The Sample of a story that ends with a question, or None if it does not fit."""
+        T, each = self.block_size, [1] * len(self.chars)
+        n = 1  # how many questions end the story
+        while dense and story[-n - 1].answer:
+            n += 1
+        between = dense and rng.random() < 0.5
+        parts = [(i, self.encode(" " + line.text), self.encode(written(line.answer)) if line.answer else ())
+                 for i, line in enumerate(story[:-n], 1) if between or not line.answer]
+        end, spans = [], []
+        for line in story[-n:]:
+            end += self.encode(" " + line.text)
+            spans.append((len(end), len(end) + len(self.encode(written(line.answer)))))
+            end += self.encode(written(line.answer))
+        end += [self.newline] * (self.room[task] - spans[-1][1] + spans[-1][0])
+        # keeping the questions in between whole can cost up to `slack` tokens
+        slack = sum(len(question) + len(answer) - 1 for _, question, answer in parts if answer)
+        cost = self.chars if length else each
+        budget = parse_length(length) if length else segments * T
+        budget -= sum(cost[t] for _, text, answer in parts for t in text + answer) + sum(cost[t] for t in end) + slack
+        if len(end) > T or (budget < 0 and not length):
+            return None
+        sentences = self.noise(rng, budget, cost) if noise else []
+        places = sorted(rng.choices(range(len(sentences) + 1), k=len(parts)))
+        tokens, facts, answers, done = [], {}, [], 0
+        for place, (i, text, answer) in zip(places, parts):
+            tokens += chain(*sentences[done:place])
+            done, start = place, len(tokens)
+            if answer and start // T != (start + len(text) + len(answer) - 1) // T:
+                tokens += [self.newline] * (-start % T)
+                start = len(tokens)
+            tokens += text + answer
+            if answer:
+                answers.append((start + len(text), len(tokens)))
+            else:
+                facts[i] = (start, len(tokens))
+        tokens += chain(*sentences[done:])
+        gap = -(len(tokens) + len(end)) % T if length else segments * T - len(tokens) - len(end)
+        tokens += chain(*self.noise(rng, gap, each)) if noise and not length else [self.newline] * gap
+        answers += [(len(tokens) + a, len(tokens) + b) for a, b in spans]
+        question, target, support = story[-1]
+        return Sample(np.array(tokens + end), answers, answers[-1][0], question, target, facts, support)
+
+
+# -----------------------------------------------------------------------------
+# the files
+
+def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000):
+    """
+    Writes data_dir: tokenizer.tiktoken, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
+    the stories qa*.txt; no train/qa*.txt where stories are simulated, because training simulates fresh ones. All of
+    it or, on any error, nothing. Raises ValueError for input it cannot use, OSError for files it cannot read or write.
+    """
+    source = ",".join(background) if background else f"documentation of Python {'.'.join(map(str, sys.version_info[:3]))}"
+    sentences = clean_background(read_background(background) if background else python_documentation(), source)
+    files = {}  # name: text or stories
+    for split, held_out in (("train", False), ("eval", True)):  # a tenth, in runs of 50 sentences, is for evaluation
+        part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
+        files[f"{split}/background.txt"] = "".join(s + "\n" for s in part)
+    for task in tqdm(tasks, desc="stories", unit="task", leave=False):
+        if babi_dir:
+            stories = find_babi(babi_dir, task)
+            cut = -(-len(stories) * 9 // 10)
+            files[f"train/{task}.txt"], files[f"eval/{task}.txt"] = (format_babi(task, s) for s in (stories[:cut], stories[cut:]))
+        else:
+            stories = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
+            files[f"eval/{task}.txt"] = format_babi(task, stories)
+    files["tokenizer.tiktoken"] = dump_ranks(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
+    digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
+    meta = {"hash": digest, "tasks": list(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
+    files["meta.json"] = json.dumps(meta, indent=2) + "\n"
+    data_dir = Path(data_dir)
+    if data_dir.exists() and any(data_dir.iterdir()) and not (data_dir / "meta.json").exists():
+        raise ValueError(f"{data_dir} exists and was not written by prepare_babilong.py: name another --data_dir")
+    temporary = data_dir.with_name(data_dir.name + f".{os.getpid()}.tmp")
+    try:
+        for name, text in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        if data_dir.exists():
+            shutil.rmtree(data_dir)
+        temporary.rename(data_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return meta
+
+
+def load_data(data_dir, block_size):
+    """Returns (train Babilong, eval Babilong, meta) of a folder from write_data. Raises ValueError if it is not one."""
+    data_dir = Path(data_dir)
+    try:
+        meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
+        encoding = make_encoding(parse_ranks((data_dir / "tokenizer.tiktoken").read_text(encoding="utf-8")))
+        splits = []
+        for split in ("train", "eval"):
+            sentences = (data_dir / split / "background.txt").read_text(encoding="utf-8").splitlines()
+            fresh = split == "train" and meta["stories"] == "simulated"
+            stories = None if fresh else {task: find_babi(data_dir / split, task) for task in meta["tasks"]}
+            splits.append(Babilong(encoding, stories, sentences, block_size))
+    except (OSError, KeyError, ValueError) as e:
+        raise ValueError(f"{data_dir} cannot be used: {e}. Run prepare_babilong.py again") from None
+    return *splits, meta
+
+
+def show(data, task, **which):
+    """Prints a sample as text, its facts in [brackets], the ones the answer rests on in [[double ones]]."""
+    sample = data.sample(task, seed=0, index=0, **which)
+    opening = {start: "[[" if i in sample.support else "[" for i, (start, _) in sample.facts.items()}
+    closing = {end: "]]" if i in sample.support else "]" for i, (_, end) in sample.facts.items()}
+    text = b"".join(closing.get(i, "").encode() + opening.get(i, "").encode() + data.encoding.decode_single_token_bytes(t)
+                    for i, t in enumerate(sample.tokens)).decode(errors="replace")
+    print(text.strip())
+    print(f"\n{len(sample.tokens)} tokens, {len(sample.tokens) // data.block_size} segments of {data.block_size}; "
+          f"{len(sample.facts)} facts; target: {sample.target}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
+    parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
+    parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
+    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens of the tokenizer")
+    parser.add_argument("--seed", type=int, default=1337, help="of the evaluation stories")
+    parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of the data in data_dir, write nothing")
+    parser.add_argument("--length", help="of the sample shown, like 0k or 4k; default: --segments")
+    parser.add_argument("--segments", type=int, default=4, help="of the sample shown")
+    parser.add_argument("--block_size", type=int, default=64, help="tokens of a segment")
+    return parser.parse_args(argv)
+
+
+def parse_tasks(text):
+    """('qa1', 'qa2') from 'qa1,qa2', or all of them. Raises ValueError for an unknown task."""
+    tasks = TASKS if text == "all" else tuple(dict.fromkeys(text.split(",")))
+    if unknown := [t for t in tasks if t not in TASKS]:
+        raise ValueError(f"--tasks takes names of qa1 to qa10, separated by commas, or all, not {unknown[0]!r}")
+    return tasks
+
+
+def main(args):
+    if args.show and Path(args.data_dir, "meta.json").exists():
+        return show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)
+    meta = write_data(args.data_dir, parse_tasks(args.tasks), args.babi_dir, args.background and args.background.split(","), args.vocab_size, args.seed)
+    print(f"wrote {args.data_dir}: tasks {','.join(meta['tasks'])}, stories {meta['stories']}, background {meta['background']}, hash {meta['hash']}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as e:
+        sys.exit(f"prepare_babilong.py: error: {e}")

@@ -1,0 +1,500 @@
+"""
+Trains LM2, or a baseline, to answer questions about facts that lie outside its attention window.
+
+$ python train.py --memory_slots=16                       # the main job: prepares data, trains, ends with a table
+$ python train.py --memory_type=none --out_dir=out-none   # the same decoder without memory; or --memory_type=rmt
+$ python train.py --init_from=resume                      # goes on where out_dir/ckpt.pt stopped
+$ python train.py --eval_only --eval_lengths=0k,1k        # the table again, for other lengths, tasks or texts
+$ torchrun --standalone --nproc_per_node=4 train.py       # data parallel
+
+Everything lands in out_dir: ckpt.pt, log.jsonl (a line for a plot each --log_interval steps) and results.json.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import prepare_babilong as babilong
+from model import LM2, LM2Config
+
+# -----------------------------------------------------------------------------
+# flags
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a finite float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"takes {name} from {low}" + (f" to {high}" if high < math.inf else " on") + f", not {text!r}")
+        return value
+    return parse
+
+
+def numbers(text):
+    """An argparse type: '1,2,4' as [1, 2, 4], '' as []."""
+    return [number(int, 1)(part) for part in text.split(",") if text]
+
+
+def lengths(text):
+    """An argparse type: '0k,4k' as ['0k', '4k'], '' as []."""
+    parts = [part for part in text.split(",") if text]
+    for part in parts:
+        try:
+            babilong.parse_length(part)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+    return parts
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description="Trains LM2, or a baseline, and evaluates it.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, positive, share, switch = number(int, 0), number(int, 1), number(float, 0, 1), argparse.BooleanOptionalAction
+    g = parser.add_argument_group("run")
+    g.add_argument("--out_dir", default="out", help="folder for checkpoint, log and results")
+    g.add_argument("--init_from", default="scratch", choices=("scratch", "resume"), help="start anew, or go on from out_dir")
+    g.add_argument("--checkpoint_interval", type=positive, default=200, help="steps between checkpoints")
+    g.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
+    g.add_argument("--eval_interval", type=count, default=500, help="steps between short evaluations; 0: none")
+    g.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1, ...; auto: the best there is")
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on cuda, else float32")
+    g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on cuda")
+    g = parser.add_argument_group("evaluation")
+    g.add_argument("--eval_only", action="store_true", help="do not train: load out_dir and print the table")
+    g.add_argument("--eval_lengths", type=lengths, default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
+    g.add_argument("--eval_segments", type=numbers, default="1,2,4,8,16,32", metavar="1,2", help="rows of the table: segments")
+    g.add_argument("--eval_samples", type=positive, default=500, help="samples of a row")
+    g.add_argument("--intervention", default="none", choices=("none", "reset", "swap"), help="before the last segment, reset the "
+                   "memory or swap it between samples: what is then still right was not answered from memory")
+    g.add_argument("--results", metavar="FILE", help="where the table goes as JSON; default: out_dir/results.json")
+    g.add_argument("--babi_dir", help="evaluate on the bAbI files of this folder instead of data_dir's stories")
+    g.add_argument("--background", help="evaluate in these text files or folders, by commas, instead of data_dir's haystack")
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_dir", default="data/babilong", help="folder of prepare_babilong.py; written with its defaults if missing")
+    g.add_argument("--tasks", default="qa1", help="bAbI tasks, like qa1,qa2, or all")
+    g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of weights and training samples")
+    g = parser.add_argument_group("model")
+    g.add_argument("--block_size", type=positive, default=64, help="tokens of a segment, all that self-attention sees")
+    g.add_argument("--n_layer", type=positive, default=3, help="decoder blocks")
+    g.add_argument("--n_head", type=positive, default=4, help="attention heads")
+    g.add_argument("--n_kv_head", type=count, default=0, help="key-value heads; 0: n_head")
+    g.add_argument("--n_embd", type=positive, default=96, help="width")
+    g.add_argument("--memory_type", default="lm2", choices=("lm2", "rmt", "none"), help="the memory, or a baseline")
+    g.add_argument("--memory_slots", type=count, default=16, help="slots of each bank, or memory tokens of RMT; 0: no memory")
+    g.add_argument("--n_memory_layers", type=count, default=0, help="blocks with a bank, from the first on; 0: all")
+    g.add_argument("--memory_top_k", type=count, default=0, help="a token reads its k best slots; 0: all")
+    g.add_argument("--forget_bias", type=number(float, -20, 20), default=2.0, help="of the forget gate, at the start")
+    g.add_argument("--tie_embeddings", action=switch, default=False, help="one matrix for embedding and head, as in small Llamas")
+    g.add_argument("--qk_norm", action=switch, default=True, help="normalise queries and keys; Llama does not")
+    g.add_argument("--token_shift", action=switch, default=True, help="mix in the token before; Llama does not")
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--max_iters", type=positive, default=2000, help="training steps")
+    g.add_argument("--batch_size", type=positive, default=128, help="segments per step: batch_size // S samples of S segments")
+    g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
+    g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
+    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.02, help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
+    g.add_argument("--weight_decay", type=number(float, 0, 10), default=0.0, help="of matrices")
+    g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.9, help="AdamW's")
+    g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's")
+    g.add_argument("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    g.add_argument("--warmup_iters", type=count, default=50, help="steps until the learning rate is at its peak")
+    g.add_argument("--decay_share", type=share, default=0.4, help="share of the steps, at the end, in which it falls to zero")
+    g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0, help="of the answers' loss, beside the language model's 1")
+    g = parser.add_argument_group("curriculum")
+    g.add_argument("--curriculum", type=numbers, default="1,2,3,4,6,8", help="most segments of a sample, stage by stage")
+    g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
+    g.add_argument("--bptt_segments", type=count, default=0, help="cut the gradient after so many segments; 0: never")
+    return parser
+
+
+KEPT = ("data", "model", "optimization", "curriculum")  # groups of flags that a checkpoint remembers
+
+
+def parse_args(argv=None):
+    """
+    The flags, and the checkpoint of out_dir where they ask for one (else None); what is not on the command line then
+    comes from the checkpoint. Ends with exit code 2 and one line for flags that cannot work.
+    """
+    parser = get_parser()
+    args, checkpoint = parser.parse_args(argv), None
+    try:
+        if args.eval_only or args.init_from == "resume":
+            checkpoint = load_checkpoint(args.out_dir)
+            parser.set_defaults(**checkpoint["args"])
+            args = parser.parse_args(argv)
+        config = model_config(args, vocab_size=1)
+        args.tasks = babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
+        for name, value in checkpoint["config"].items() if checkpoint else ():
+            if name != "vocab_size" and getattr(config, name) != value:
+                raise ValueError(f"--{name}={getattr(config, name)}, but the checkpoint in {args.out_dir} has {value}")
+        if not args.curriculum:
+            raise ValueError("--curriculum must name at least one number of segments")
+        share = args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+        if not args.eval_only and args.batch_size < max(args.curriculum) * share:
+            raise ValueError(f"--batch_size must be at least {max(args.curriculum) * share}: the curriculum's most segments, "
+                             f"times gradient_accumulation_steps, times processes")
+        if args.intervention != "none" and (args.memory_slots == 0 or args.memory_type == "none" or args.eval_samples < 2):
+            raise ValueError("--intervention needs a model with memory and --eval_samples of at least 2")
+    except ValueError as e:
+        parser.error(str(e))
+    return args, checkpoint
+
+
+def model_config(args, vocab_size):
+    named = {f.name: getattr(args, f.name) for f in fields(LM2Config) if hasattr(args, f.name)}
+    return LM2Config(**named, vocab_size=vocab_size)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(out_dir, checkpoint):
+    """Writes out_dir/ckpt.pt so that a kill at any moment leaves the old file or the new one, whole."""
+    path = Path(out_dir, "ckpt.pt")
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(out_dir):
+    """The dict of out_dir/ckpt.pt, on the CPU. Raises ValueError where there is none that can be used."""
+    path = Path(out_dir, "ckpt.pt")
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}: train first, or name another --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "config", "iter_num", "tokenizer", "args"} - checkpoint.keys()
+    except Exception as e:  # torch.load raises many kinds for a file that is damaged or not its own
+        raise ValueError(f"{path} is not a checkpoint of train.py, or damaged ({type(e).__name__})") from None
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_model(checkpoint, device):
+    """(model, encoding) of a checkpoint."""
+    model = LM2(LM2Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device), babilong.make_encoding(babilong.parse_ranks(checkpoint["tokenizer"]))
+
+
+def pick_device(name):
+    """A torch.device from --device. Raises ValueError where it does not exist or does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from None
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+def evaluate(model, data, task, seed, n, intervention="none", rank=0, world=1, **size):
+    """
+    Answers n evaluation samples of `task`, greedily, and scores them. size: segments=4 or length="4k". Each of
+    `world` processes takes every world-th sample. Returns the row for results.json.
+    """
+    device, rows = model.embed.weight.device, []
+    share = range(rank, n, world)
+    tokens = len(data.sample(task, seed, 0, **size).tokens)
+    chunks = max(1, len(share) * tokens // 2**17)  # of 128k tokens, to bound the memory that a long row takes
+    for chunk in np.array_split(share, chunks):
+        groups = {}  # only samples of one length share a batch
+        for i in chunk:
+            sample = data.sample(task, seed, int(i), **size)
+            groups.setdefault(sample.prompt, []).append(sample)
+        for prompt, samples in groups.items():
+            idx = torch.from_numpy(np.stack([s.tokens[:prompt] for s in samples])).to(device)
+            _, state = model.generate(idx, 0)
+            if intervention == "reset":
+                state = model.initial_memory(len(samples)), state[1]
+            if intervention == "swap":
+                state = state[0].roll(1, dims=1), state[1]
+            out, _ = model.generate(idx[:, :0], data.room[task], state, temperature=0)
+            for s, answer in zip(samples, out.tolist()):
+                last_segment = len(s.tokens) - data.block_size
+                rows.append((babilong.score(task, s.question, s.target, data.encoding.decode(answer)),
+                             all(s.facts[i][1] <= last_segment for i in s.support),  # outside the window
+                             max(s.facts) not in s.support,  # something else happened since
+                             len(s.tokens)))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, rows)
+        rows = sum(gathered, [])
+    right, outside, earlier, tokens = np.array(rows).T
+    row = {"task": task, "length": size.get("length"), "segments": size.get("segments"), "tokens": round(float(tokens.mean())),
+           "intervention": intervention, "n": len(rows), "correct": int(right.sum()), "accuracy": percent(right)}
+    row["low"], row["high"] = wilson(row["correct"], len(rows))
+    for name, which in (("outside", outside == 1), ("earlier", earlier == 1)):
+        row[f"n_{name}"], row[f"accuracy_{name}"] = int(which.sum()), percent(right[which])
+    return row
+
+
+def percent(right):
+    return round(100 * float(right.mean()), 1) if len(right) else None
+
+
+def wilson(correct, n, z=1.96):
+    """95 % interval of a proportion, in percent."""
+    p, d = correct / n, 1 + z * z / n
+    centre, half = (p + z * z / 2 / n) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    return round(100 * max(0, centre - half), 1), round(100 * min(1, centre + half), 1)
+
+
+def print_table(rows):
+    print("\\ntask  length     tokens      n  accuracy  95% interval   outside (n)    earlier (n)")
+    for r in rows:
+        name = r["length"] or f"{r['segments']} seg."
+        parts = ["     -       " if r[f"accuracy_{k}"] is None else f"{r[f'accuracy_{k}']:6.1f} ({r[f'n_{k}']:4d})" for k in ("outside", "earlier")]
+        print(f"{r['task']:<5} {name:<8} {r['tokens']:>8} {r['n']:>6}  {r['accuracy']:>7.1f}  {r['low']:>5.1f} - {r['high']:>5.1f} {parts[0]:>14} {parts[1]:>14}")
+    print("outside: no supporting fact lies in the last segment; earlier: the last fact of the story is not a supporting one")
+
+
+def write_results(path, config, rows):
+    with open(f"{path}.tmp", "w") as f:
+        json.dump({"config": config, "results": rows}, f, indent=1)
+    os.replace(f"{path}.tmp", path)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+class Unroll(nn.Module):
+    """What DistributedDataParallel wraps: its forward is a model's unroll."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model.unroll(*args, **kwargs)
+
+
+def get_batch(data, args, it, segments, noise, rank, world):
+    """
+    This process's share of the samples of step `it`: idx and targets (B, S*T) int64, targets -1 where the next token
+    is padding; answer and first (B, S*T) bool: the targets that belong to an answer, and the first ones of each.
+    """
+    B = args.batch_size // segments
+    samples = [data.sample(args.tasks[(it * B + i) % len(args.tasks)], args.seed, f"{it}.{i}", segments=segments, dense=True,
+                           noise=noise) for i in range(rank, B, world)]
+    idx = np.stack([s.tokens for s in samples])
+    targets = np.roll(idx, -1, axis=1)
+    targets[:, -1] = -1
+    targets[targets == data.newline] = -1
+    answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
+    for row, sample in enumerate(samples):
+        for start, end in sample.answers:
+            answer[row, start - 1 : end - 1] = first[row, start - 1] = True
+    return tuple(map(torch.from_numpy, (idx, targets, answer, first)))
+
+
+def train(args, checkpoint, model, data, meta, device, amp, rank, world):
+    """The loop. Returns True if it came to its end, False if a signal stopped it (with a checkpoint written)."""
+    out, master = Path(args.out_dir), rank == 0
+    training, held_out = data
+    optimizers = model.configure_optimizers(args.weight_decay, args.learning_rate, (args.beta1, args.beta2), args.muon_lr)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    # the curriculum: stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments
+    stages, stage, running, it = [1] + args.curriculum, 0, 0.0, 0
+    if checkpoint:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        stage, running, it = checkpoint["stage"], checkpoint["running"], checkpoint["iter_num"]
+        torch.set_rng_state(checkpoint["rng"])
+    log = None
+    if master:
+        log = open(out / "log.jsonl", "a" if checkpoint else "w")
+        log.truncate(checkpoint["log_size"] if checkpoint else 0)
+    network = Unroll(model)
+    if world > 1:  # batches of one segment leave the memory's write without gradient
+        network = DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
+    stopped = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, _: stopped.append(number))
+
+    def save():
+        log.flush()
+        save_checkpoint(out, {
+            "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "running": running,
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
+            "args": {a.dest: getattr(args, a.dest) for g in get_parser()._action_groups if g.title in KEPT for a in g._group_actions},
+            "tokenizer": babilong.dump_ranks(training.encoding._mergeable_ranks), "data": meta["hash"], "log_size": log.tell()})
+
+    def report(**entry):
+        log.write(json.dumps({"iter": it, **entry}) + "\n")
+
+    def total(*values):  # over all processes
+        values = torch.tensor(values, dtype=torch.float64)
+        if world > 1:
+            values = values.to(device, torch.float32)
+            dist.all_reduce(values)
+        return values.tolist()
+
+    bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=not master, dynamic_ncols=True)
+    clock, seen = time.perf_counter(), 0
+    while it < args.max_iters:
+        # half of the batches are as long as the stage allows, the others shorter; one in five has no haystack
+        rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
+        segments = most if rng.random() < 0.5 else rng.randint(1, most)
+        noise = stage > 0 and rng.random() < 0.8
+        batch = get_batch(training, args, it, segments, noise, rank, world)
+        n_targets, n_answers, n_first = total((batch[1] != -1).sum(), batch[2].sum(), batch[3].sum())
+
+        schedule = min(1, (it + 1) / max(1, args.warmup_iters), (args.max_iters - it) / max(1e-9, args.decay_share * args.max_iters))
+        for optimizer, peak in zip(optimizers, peaks):
+            for group, lr in zip(optimizer.param_groups, peak):
+                group["lr"] = lr * schedule
+
+        losses = right = 0.0
+        parts = [part.tensor_split(args.gradient_accumulation_steps) for part in batch]
+        for i, (idx, targets, answer, first) in enumerate(zip(*[[p.to(device) for p in part] for part in parts])):
+            # mean over all targets + answer_weight * mean over the answers', the means taken over the whole step
+            weights = ((targets != -1) / n_targets + args.answer_weight * answer / n_answers) / (1 + args.answer_weight)
+            last = i == args.gradient_accumulation_steps - 1
+            with network.no_sync() if world > 1 and not last else nullcontext():
+                with amp:
+                    logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments)
+                loss = loss * weights.sum()
+                (loss * world).backward()  # DistributedDataParallel averages over the processes
+            losses += loss.item()
+            right += (logits.detach().argmax(-1) == targets)[first].sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        losses, right = total(losses, right)
+        accuracy = right / n_first
+        if not math.isfinite(losses + norm):
+            sys.exit(f"train.py: error: loss {losses} or gradient norm {norm} at step {it} is not finite; lower the learning rates. "
+                     f"The last checkpoint is kept")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        it += 1
+        seen += batch[0].numel() * world
+
+        if segments == most and (noise or stage == 0):
+            running += 0.05 * (accuracy - running)
+        if running > args.stage_accuracy and stage < len(stages) - 1:
+            stage, running = stage + 1, 0.0
+            bar.write(f"step {it:5d}: on to {stages[stage]} segments") if master else None
+        stop = total(len(stopped))[0] > 0
+        if master:
+            bar.update()
+            if it % args.log_interval == 0:
+                seconds = time.perf_counter() - clock
+                report(loss=losses, accuracy=accuracy, segments=segments, stage=stage, running=running, lr=args.learning_rate * schedule,
+                       norm=norm, ms=1000 * seconds / args.log_interval, tokens_per_second=seen / seconds)
+                bar.write(f"step {it:5d} | segments {segments:2d} of {stages[stage]:2d} | loss {losses:6.3f} | answers {100 * accuracy:5.1f} % | "
+                          f"lr {args.learning_rate * schedule:.1e} | norm {norm:5.2f} | {1000 * seconds / args.log_interval:5.0f} ms | {seen / seconds:6.0f} tok/s")
+                clock, seen = time.perf_counter(), 0
+        if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
+            rows = [evaluate(model, held_out, task, meta["seed"], 100, rank=rank, world=world, segments=s)
+                    for task in args.tasks for s in sorted({1, *args.curriculum})]
+            if master:
+                report(eval=rows)
+                bar.write("step %5d: accuracy at " % it + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
+        if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
+            save()
+        if stop:
+            break
+    bar.close()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
+    return not stop
+
+
+def main(args, checkpoint):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    amp = torch.autocast(device.type, dtype=torch.bfloat16) if bfloat16 else nullcontext()
+
+    if not Path(args.data_dir, "meta.json").exists() and rank == 0:
+        print(f"preparing the data in {args.data_dir}")
+        babilong.write_data(args.data_dir)
+    if world > 1:
+        dist.barrier()
+    training, held_out, meta = babilong.load_data(args.data_dir, args.block_size)
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        model, encoding = load_model(checkpoint, device)
+        if encoding._mergeable_ranks != training.encoding._mergeable_ranks:
+            raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name its --data_dir")
+    else:
+        model = LM2(model_config(args, training.encoding.n_vocab)).to(device)
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        model.compile()  # in place: checkpoints keep their names
+
+    if not args.eval_only:
+        if rank == 0:
+            out = Path(args.out_dir)
+            out.mkdir(parents=True, exist_ok=True)
+            if not checkpoint and (out / "ckpt.pt").exists():
+                os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
+                print(f"{out} holds an earlier run; its checkpoint is now {out}/ckpt.old.pt")
+            print(f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory), memory {model.config.memory_type} "
+                  f"with {model.config.memory_slots} slots, segments of {args.block_size} tokens, {device}, data {meta['hash']}")
+        if not train(args, checkpoint, model, (training, held_out), meta, device, amp, rank, world):
+            if rank == 0:
+                print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
+            return 130
+
+    stories, sentences = held_out.stories, None
+    if args.babi_dir:
+        stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks}
+    if args.background:
+        paths = args.background.split(",")
+        sentences = babilong.clean_background(babilong.read_background(paths), args.background)
+    if args.babi_dir or args.background:
+        held_out = babilong.Babilong(training.encoding, stories, sentences or held_out.sentences, args.block_size)
+    sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
+    rows = []
+    for task in args.tasks:
+        for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=rank > 0):
+            rows.append(evaluate(model, held_out, task, meta["seed"], args.eval_samples, args.intervention, rank, world, **size))
+    if rank == 0:
+        config = {**vars(args), "parameters": model.num_params(), "iter_num": checkpoint["iter_num"] if args.eval_only else args.max_iters,
+                  "data_hash": held_out.digest()}
+        print_table(rows)
+        path = args.results or Path(args.out_dir, "results.json")
+        write_results(path, config, rows)
+        print(f"written to {path}")
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*parse_args()))
+    except (ValueError, OSError) as e:
+        sys.exit(f"train.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
