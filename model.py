@@ -423,11 +423,14 @@ class LM2(nn.Module):
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)]
 
     def estimate_mfu(self, tokens, seconds, peak_flops):
-        """Model FLOPs utilisation: the share of peak_flops (per second) that training on `tokens` needed."""
-        c = self.config
+        """
+        Model FLOPs utilisation: the share of peak_flops (per second) that training on `tokens` in `seconds` needed.
+        For LM2 and the plain decoder; RMT's memory tokens are not counted.
+        """
+        c, attn = self.config, self.blocks[0].attn
         L = sum(block.memory is not None for block in self.blocks)
-        per_slot = sum(p.numel() for n, p in self.named_parameters() if "blocks" in n and "memory.w" in n or "memory.u" in n)
-        per_token = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
-        per_token += L * c.n_embd**2 + per_slot * c.memory_slots / c.block_size  # the output gate, and the write
-        attended = c.n_layer * c.block_size + 2 * L * c.memory_slots  # self-attention, read; pooling
+        decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
+        per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
+        per_token = decoder + L * (c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with the output gate
+        attended = c.n_layer * c.block_size + L * 1.5 * c.memory_slots  # self-attention; read, and pooling to write
         return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

@@ -14,9 +14,9 @@ References:
 """
 import argparse
 import ast
-import base64
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -104,54 +104,47 @@ class World:
                 return f"{who} {rng.choice(VERBS[kind])} the {what}{there}.", Event(line, kind, who, what)
 
     def ask(self, focus, events):
-        """A question about the event `focus`: (text, answer, support), or None where its reader could not know."""
-        rng, who = self.rng, focus.who
-        moves = [e for e in events if e.kind == "move" and e.who == who]
-        if self.task in ("qa1", "qa6") and focus.kind == "move":
-            if self.task == "qa1":
-                return f"Where is {who}?", moves[-1].what, (moves[-1].line,)
-            here = moves[-1].what
-            place = here if rng.random() < 0.5 else rng.choice([p for p in PLACES if p != here])
-            return f"Is {who} in the {place}?", "yes" if place == here else "no", (moves[-1].line,)
-        if focus.kind == "move":
+        """A question about the event `focus`: (text, answer, support), or None where a reader could not know."""
+        rng, task, who, thing = self.rng, self.task, focus.who, focus.what
+        if (focus.kind == "move") != (task in ("qa1", "qa6")) or (task == "qa5" and focus.kind != "give"):
             return None
-        handled = [e for e in events if e.kind != "move" and e.what == focus.what]
-        if self.task == "qa2":
+
+        def moves(person, after=0, before=math.inf):
+            return [e for e in events if e.kind == "move" and e.who == person and after < e.line < before]
+
+        handled = [e for e in events if e.kind != "move" and e.what == thing]  # unless the focus is a move
+        if task == "qa1":
+            last = moves(who)[-1]
+            return f"Where is {who}?", last.what, (last.line,)
+        if task == "qa6":
+            last = moves(who)[-1]
+            place = last.what if rng.random() < 0.5 else rng.choice([p for p in PLACES if p != last.what])
+            return f"Is {who} in the {place}?", "yes" if place == last.what else "no", (last.line,)
+        if task == "qa2":
             last = handled[-1]
-            moves = [e for e in events if e.kind == "move" and e.who == last.who]
-            moves = [e for e in moves if (e.line < last.line) == (last.kind == "drop")]
-            return (f"Where is the {last.what}?", moves[-1].what, (last.line, moves[-1].line)) if moves else None
-        if self.task == "qa3":
+            known = moves(last.who, before=last.line) if last.kind == "drop" else moves(last.who, after=last.line)
+            return (f"Where is the {thing}?", known[-1].what, (last.line, known[-1].line)) if known else None
+        if task == "qa3":
             got = [e for e in handled if e.kind == "get"][-1]
-            until = handled[-1].line if handled[-1].kind == "drop" else float("inf")
-            carried = [e for e in events if e.kind == "move" and e.who == got.who and got.line < e.line < until]
-            if len(carried) < 2:
+            way = moves(got.who, got.line, handled[-1].line if handled[-1].kind == "drop" else math.inf)
+            place = rng.choice(way).what if len(way) > 1 else None
+            if place is None or (last := max(i for i, e in enumerate(way) if e.what == place)) == 0:
                 return None
-            place = rng.choice(carried).what
-            last = max(i for i, e in enumerate(carried) if e.what == place)
-            if last == 0:
-                return None
-            support = (handled[-1].line, carried[last].line, carried[last - 1].line)
-            return f"Where was the {got.what} before the {place}?", carried[last - 1].what, support
-        if self.task == "qa5":
-            if focus.kind != "give":
-                return None
+            support = handled[-1].line, way[last].line, way[last - 1].line
+            return f"Where was the {thing} before the {place}?", way[last - 1].what, support
+        if task == "qa5":
             line, _, a, o, b = [e for e in handled if e.kind == "give"][-1]
             questions = [(f"What did {a} give to {b}?", o)] * 2 + [
                 (f"Who gave the {o}?", a), (f"Who gave the {o} to {b}?", a),
                 (f"Who received the {o}?", b), (f"Who did {a} give the {o} to?", b)]
             return *rng.choice(questions), (line,)
-        if self.task == "qa7":
+        mine = [e for e in events if e.kind != "move" and who in (e.who, e.to)]
+        if task == "qa7":
             count = sum(holder == who for holder in self.holder.values())
-            lines = tuple(e.line for e in events if e.kind != "move" and who in (e.who, e.to))
-            return f"How many objects is {who} carrying?", NUMBERS[count], lines
-        if self.task == "qa8":
-            mine = [e for e in events if e.kind != "move" and e.who == who]
-            order = list(dict.fromkeys(e.what for e in mine))  # in which the person first ever took them
-            answer = ",".join(o for o in order if self.holder[o] == who) or "nothing"
-            lines = tuple(e.line for o in order for e in mine if e.what == o)
-            return f"What is {who} carrying?", answer, lines
-        return None
+            return f"How many objects is {who} carrying?", NUMBERS[count], tuple(e.line for e in mine)
+        order = list(dict.fromkeys(e.what for e in mine))  # qa8: in which the person first ever took them
+        answer = ",".join(o for o in order if self.holder[o] == who) or "nothing"
+        return f"What is {who} carrying?", answer, tuple(e.line for o in order for e in mine if e.what == o)
 
 
 class VagueWorld:
@@ -215,8 +208,8 @@ def simulate(task, rng, questions=5, at_end=0):
     world, lines, events = (VagueWorld if task in ("qa9", "qa10") else World)(task, rng), [], []
 
     def ask():
-        for _ in range(50):  # about one of the last five statements
-            if question := world.ask(rng.choice(events[-5:]), events):
+        for focus in rng.sample(events[-5:], min(5, len(events))) * 3:  # about one of the last five statements
+            if question := world.ask(focus, events):
                 return question
 
     for _ in range(questions):
@@ -248,14 +241,18 @@ def format_babi(task, stories):
         for story in stories for i, (text, answer, support) in enumerate(story, 1))
 
 
+def read_text(path):
+    """The text of a file. Raises OSError where it cannot be read, ValueError where it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+
+
 def read_babi(path):
     """Stories (lists of Lines) of a bAbI file. Raises ValueError, with the line's number, for anything else."""
     stories = []
-    try:
-        rows = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({e.reason} at byte {e.start})") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_text(path).split("\n"), 1):
         if not row.strip():
             continue
         match = re.fullmatch(r"(\d+) ([^\t]+?) *(?:\t([^\t]+)\t([\d ]+))?\r?", row)
@@ -308,30 +305,19 @@ def python_documentation():
     return [s for doc in docs for par in re.split(r"\n\s*\n", doc) for s in split_sentences(par) if prose.fullmatch(s)]
 
 
-def read_background(paths):
-    """Sentences of text files and folders of *.txt. Raises ValueError for a path that gives none."""
-    sentences = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"background {path} does not exist")
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"background {path} is a folder without a .txt file")
-        for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as e:
-                raise ValueError(f"background {file} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
-            sentences += split_sentences(text)
-    return sentences
-
-
-def clean_background(sentences, source):
-    """Every sentence once, without those that name a person of any task. Raises ValueError where too few are left."""
+def read_background(paths=None):
+    """
+    The haystack: sentences of text files and of folders of *.txt, by default of Python's documentation; every one once,
+    and none that names a person of any task. Raises ValueError or OSError for paths that do not give a hundred.
+    """
+    sentences = python_documentation() if paths is None else []
+    for path in map(Path, paths or ()):
+        for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+            sentences += split_sentences(read_text(file))
     person = re.compile(rf"\b({'|'.join(ALL_PEOPLE)})\b")
     sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
     if len(sentences) < 100:
-        raise ValueError(f"background {source} holds {len(sentences)} usable sentences; at least 100 are needed")
+        raise ValueError(f"{', '.join(paths or ['the documentation of Python'])}: {len(sentences)} usable sentences, a haystack needs 100")
     return sentences
 
 
@@ -340,7 +326,7 @@ PATTERN = r"\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?=[^\S\n])|[^\S\n]"
 
 
 def train_tokenizer(sentences, vocab_size):
-    """Byte-level BPE on `sentences`, each bAbI word one token with and without a space. Returns {bytes: rank}."""
+    """Byte-level BPE on `sentences`, each bAbI word one token with and without a space. Returns a tiktoken.Encoding."""
     stories = [line for task in TASKS for i in range(300) for line in simulate(task, random.Random(i))]
     babi = {w for text, answer, _ in stories for w in re.findall(r"\w+", f"{text} {answer}")}.union(*LABELS.values())
     babi = sorted(w.encode() for word in babi for w in (word, " " + word))
@@ -377,7 +363,7 @@ def train_tokenizer(sentences, vocab_size):
         del pairs[pair]
     for word in babi:  # last: a whole word is looked up first, so its rank needs no path of merges
         ranks.setdefault(word, len(ranks))
-    return ranks
+    return make_encoding(ranks)
 
 
 def make_encoding(ranks):
@@ -385,21 +371,17 @@ def make_encoding(ranks):
     return tiktoken.Encoding("babilong", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def dump_ranks(ranks):
-    """{bytes: rank} as text, in tiktoken's own file format: a line 'base64 rank' for each token."""
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+def dump_ranks(encoding):
+    """The tokens of an encoding as JSON, in the order of their ranks, each byte one character (Latin-1)."""
+    return json.dumps([encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.n_vocab)], indent=0)
 
 
 def parse_ranks(text):
-    """The inverse of dump_ranks. Raises ValueError for anything else."""
+    """The encoding that dump_ranks wrote. Raises ValueError for anything else."""
     try:
-        rows = [row.split() for row in text.splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-    except ValueError as e:
-        raise ValueError(f"the tokenizer is not made of lines 'base64 rank' ({e})") from None
-    if sorted(ranks.values()) != list(range(len(rows))) or len(ranks) < 256:
-        raise ValueError("the tokenizer is damaged: its ranks are not 0, 1, 2, ...")
-    return ranks
+        return make_encoding({token.encode("latin-1"): rank for rank, token in enumerate(json.loads(text))})
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise ValueError(f"the tokenizer is not a list of tokens in JSON ({e})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -529,12 +511,12 @@ class Babilong:
 
 def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000):
     """
-    Writes data_dir: tokenizer.tiktoken, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
+    Writes data_dir: tokenizer.json, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
     the stories qa*.txt; no train/qa*.txt where stories are simulated, because training simulates fresh ones. All of
     it or, on any error, nothing. Raises ValueError for input it cannot use, OSError for files it cannot read or write.
     """
     source = ",".join(background) if background else f"documentation of Python {'.'.join(map(str, sys.version_info[:3]))}"
-    sentences = clean_background(read_background(background) if background else python_documentation(), source)
+    sentences = read_background(background)
     files = {}  # name: text or stories
     for split, held_out in (("train", False), ("eval", True)):  # a tenth, in runs of 50 sentences, is for evaluation
         part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
@@ -547,7 +529,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
         else:
             stories = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
             files[f"eval/{task}.txt"] = format_babi(task, stories)
-    files["tokenizer.tiktoken"] = dump_ranks(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
+    files["tokenizer.json"] = dump_ranks(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
     digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
     meta = {"hash": digest, "tasks": list(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
     files["meta.json"] = json.dumps(meta, indent=2) + "\n"
@@ -571,11 +553,11 @@ def load_data(data_dir, block_size):
     """Returns (train Babilong, eval Babilong, meta) of a folder from write_data. Raises ValueError if it is not one."""
     data_dir = Path(data_dir)
     try:
-        meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
-        encoding = make_encoding(parse_ranks((data_dir / "tokenizer.tiktoken").read_text(encoding="utf-8")))
+        meta = json.loads(read_text(data_dir / "meta.json"))
+        encoding = parse_ranks(read_text(data_dir / "tokenizer.json"))
         splits = []
         for split in ("train", "eval"):
-            sentences = (data_dir / split / "background.txt").read_text(encoding="utf-8").splitlines()
+            sentences = read_text(data_dir / split / "background.txt").splitlines()
             fresh = split == "train" and meta["stories"] == "simulated"
             stories = None if fresh else {task: find_babi(data_dir / split, task) for task in meta["tasks"]}
             splits.append(Babilong(encoding, stories, sentences, block_size))

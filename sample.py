@@ -122,10 +122,7 @@ def get_parser():
 def main(args):
     text = args.start
     if text.startswith("FILE:") and not args.interactive:
-        try:
-            text = Path(text[5:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{text[5:]} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+        text = babilong.read_text(text[5:])
     if not text.strip() and not args.interactive:
         raise ValueError("--start holds no text")
     torch.manual_seed(args.seed)

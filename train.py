@@ -195,7 +195,7 @@ def load_model(checkpoint, device):
     """(model, encoding) of a checkpoint."""
     model = LM2(LM2Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    return model.to(device), babilong.make_encoding(babilong.parse_ranks(checkpoint["tokenizer"]))
+    return model.to(device), babilong.parse_ranks(checkpoint["tokenizer"])
 
 
 def pick_device(name):
@@ -265,7 +265,7 @@ def wilson(correct, n, z=1.96):
 
 
 def print_table(rows):
-    print("\\ntask  length     tokens      n  accuracy  95% interval   outside (n)    earlier (n)")
+    print("\ntask  length     tokens      n  accuracy  95% interval   outside (n)    earlier (n)")
     for r in rows:
         name = r["length"] or f"{r['segments']} seg."
         parts = ["     -       " if r[f"accuracy_{k}"] is None else f"{r[f'accuracy_{k}']:6.1f} ({r[f'n_{k}']:4d})" for k in ("outside", "earlier")]
@@ -342,7 +342,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "running": running,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
             "args": {a.dest: getattr(args, a.dest) for g in get_parser()._action_groups if g.title in KEPT for a in g._group_actions},
-            "tokenizer": babilong.dump_ranks(training.encoding._mergeable_ranks), "data": meta["hash"], "log_size": log.tell()})
+            "tokenizer": babilong.dump_ranks(training.encoding), "data": meta["hash"], "log_size": log.tell()})
 
     def report(**entry):
         log.write(json.dumps({"iter": it, **entry}) + "\n")
@@ -445,7 +445,7 @@ def main(args, checkpoint):
     torch.manual_seed(args.seed)
     if checkpoint:
         model, encoding = load_model(checkpoint, device)
-        if encoding._mergeable_ranks != training.encoding._mergeable_ranks:
+        if babilong.dump_ranks(encoding) != babilong.dump_ranks(training.encoding):
             raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name its --data_dir")
     else:
         model = LM2(model_config(args, training.encoding.n_vocab)).to(device)
@@ -470,8 +470,7 @@ def main(args, checkpoint):
     if args.babi_dir:
         stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks}
     if args.background:
-        paths = args.background.split(",")
-        sentences = babilong.clean_background(babilong.read_background(paths), args.background)
+        sentences = babilong.read_background(args.background.split(","))
     if args.babi_dir or args.background:
         held_out = babilong.Babilong(training.encoding, stories, sentences or held_out.sentences, args.block_size)
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]

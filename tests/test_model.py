@@ -1,0 +1,339 @@
+"""The model against plain loops, and what its docstrings promise."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import LM2, LM2Config
+
+TYPES = ("lm2", "rmt", "none")
+
+
+def make(seed=0, dtype=torch.float64, **kwargs):
+    """A small model with nothing left at zero, so that every path shows in the logits."""
+    torch.manual_seed(seed)
+    config = dict(block_size=8, vocab_size=40, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, memory_slots=3,
+                  tie_embeddings=False, qk_norm=True, token_shift=True)
+    model = LM2(LM2Config(**{**config, **kwargs})).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "salience" in name or "bias" in name or name == "head.weight":
+                p.copy_(torch.randn_like(p))
+    return model.eval()
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------- the equations
+
+def rms(v):
+    return v / (v.pow(2).mean() + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("n_kv_head, top_k, qk_norm", [(4, 0, False), (2, 0, True), (2, 2, False), (1, 1, True)])
+def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
+    model = make(n_kv_head=n_kv_head, memory_slots=5, memory_top_k=top_k, qk_norm=qk_norm)
+    block, B, T, H, D = model.blocks[0], 2, 8, 4, 4
+    h, M = torch.randn(B, T, 16, dtype=torch.float64), torch.randn(B, 5, 16, dtype=torch.float64)
+    W = {name: getattr(block.attn, name).weight for name in ("wq", "wk", "wv")}
+    expected = torch.zeros(B, T, 16, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            read = []
+            for head in range(H):
+                q, shared = (W["wq"] @ h[b, t])[head * D : head * D + D], head // (H // n_kv_head)
+                keys = [(W["wk"] @ rms(m))[shared * D : shared * D + D] for m in M[b]]
+                values = [(W["wv"] @ rms(m))[shared * D : shared * D + D] for m in M[b]]
+                if qk_norm:
+                    q, keys = rms(q), [rms(k) for k in keys]
+                scores = [(q @ k).item() * (2 if qk_norm else 1) / math.sqrt(D) for k in keys]
+                best = sorted(scores)[-top_k:] if top_k else scores
+                e = [math.exp(s) if s in best else 0.0 for s in scores]
+                read.append(sum(x / sum(e) * v for x, v in zip(e, values)))
+            E_mem = torch.cat(read)
+            gate = torch.sigmoid(block.memory.w_out.weight @ E_mem + block.memory.w_out.bias)
+            expected[b, t] = gate * E_mem
+    y, q = block.attn(h, (model.cos[:T], model.sin[:T]))
+    torch.testing.assert_close(block.memory.read(q, M, block.attn), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("T, N", [(8, 4), (8, 3), (7, 5), (8, 8), (4, 10), (8, 1)])
+def test_write_is_equations_4_to_6_on_chunks(T, N):
+    model = make(block_size=T, memory_slots=N)
+    w, B = model.blocks[1].memory, 2
+    h, M = torch.randn(B, T, 16, dtype=torch.float64), torch.randn(B, N, 16, dtype=torch.float64)
+    expected, covered = torch.zeros_like(M), set()
+    for b in range(B):
+        for i in range(N):
+            chunk = list(range(i * T // N, max(i * T // N + 1, (i + 1) * T // N)))
+            covered.update(chunk)
+            e = [math.exp((w.salience.weight[0] @ h[b, t]).item()) for t in chunk]
+            c = sum(x / sum(e) * h[b, t] for x, t in zip(e, chunk))
+            m = rms(M[b, i])
+            g_in = torch.sigmoid(w.w_in.weight @ c + w.w_in.bias + w.u_in.weight @ m)
+            g_forget = torch.sigmoid(w.w_forget.weight @ c + w.w_forget.bias + w.u_forget.weight @ m)
+            expected[b, i] = g_in * torch.tanh(w.w_cand.weight @ c) + g_forget * M[b, i]
+    assert covered == set(range(T)) or N > T
+    # the gates are computed in float32
+    torch.testing.assert_close(w.write(h, M), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equation_3_adds_the_gated_read_to_the_attention_output():
+    model = make()
+    block, x, M = model.blocks[0], torch.randn(2, 8, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
+    out, h = block(x, (model.cos, model.sin), M)
+    y, q = block.attn(h, (model.cos, model.sin))
+    after = x + block.attn.wo(y + block.memory.read(q, M, block.attn))
+    torch.testing.assert_close(out, after + block.mlp(block.norm2(after)))
+
+
+@pytest.mark.parametrize("N", [1, 16, 40])
+def test_memory_starts_as_wrapped_identity(N):
+    memory = make(memory_slots=N).initial_memory(3)
+    assert memory.shape == (2, 3, N, 16) and memory.dtype == torch.float32
+    for i in range(N):
+        assert memory[1, 2, i].tolist() == [float(j == i % 16) for j in range(16)]
+
+
+def test_memory_layers_are_the_first_ones():
+    model = make(n_layer=3, n_memory_layers=2)
+    assert [block.memory is not None for block in model.blocks] == [True, True, False]
+    assert model.unroll(tokens(1, 16))[2].shape == (2, 1, 3, 16)
+
+
+# ----------------------------------------------------------------------------- the decoder
+
+def plain_decoder(model, idx):
+    """A decoder that never had a memory, from the same weights."""
+    x, T = model.embed(idx), idx.size(1)
+    D, scale = 4, (2.0 if model.config.qk_norm else 1.0) / 2
+
+    def heads(v):
+        return v.unflatten(-1, (-1, D)).transpose(1, 2)
+
+    def turn(v):
+        v = F.rms_norm(v, (D,), eps=1e-5) if model.config.qk_norm else v
+        return v * model.cos[:T] + torch.cat((-v[..., D // 2 :], v[..., : D // 2]), dim=-1) * model.sin[:T]
+
+    for block in model.blocks:
+        h = block.norm1(x)
+        if block.shift is not None:
+            h = h + block.shift * torch.cat((torch.zeros_like(h[:, :1]), h[:, :-1]), dim=1)
+        q, k, v = turn(heads(block.attn.wq(h))), turn(heads(block.attn.wk(h))), heads(block.attn.wv(h))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        x = x + block.attn.wo(y.transpose(1, 2).flatten(2))
+        u = block.norm2(x)
+        x = x + block.mlp.w2(F.silu(block.mlp.w1(u)) * block.mlp.w3(u))
+    return model.head(model.norm(x))
+
+
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": False, "token_shift": False}])
+def test_memory_off_is_the_plain_decoder_bit_for_bit(switches):
+    lm2, off = make(dtype=torch.float32, **switches), make(dtype=torch.float32, memory_slots=0, **switches)
+    off.load_state_dict({k: v for k, v in lm2.state_dict().items() if ".memory." not in k})
+    idx = tokens(2, 8)
+    assert off.config.memory_type == "none" and torch.equal(off(idx)[0], plain_decoder(lm2, idx))
+    assert not torch.equal(lm2(idx)[0], off(idx)[0])
+
+
+def test_one_seed_gives_every_type_the_same_decoder():
+    models = []
+    for memory_type in TYPES:
+        torch.manual_seed(5)
+        models.append(LM2(LM2Config(block_size=8, vocab_size=40, n_layer=2, n_head=2, n_embd=16, memory_type=memory_type)))
+    for name, weight in models[2].state_dict().items():
+        assert all(torch.equal(weight, m.state_dict()[name]) for m in models), name
+
+
+@pytest.mark.parametrize("tied, kv", [(True, 4), (False, 2)])
+def test_decoder_is_a_llama(tied, kv):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' Llama where it is installed")
+    model = make(dtype=torch.float32, memory_slots=0, n_kv_head=kv, tie_embeddings=tied, qk_norm=False, token_shift=False)
+    c = model.config
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=kv, rms_norm_eps=c.norm_eps, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, max_position_embeddings=c.block_size)).eval()
+    names = {"embed_tokens": "embed", "layers": "blocks", "self_attn": "attn", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
+             "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "input_layernorm": "norm1", "post_attention_layernorm": "norm2",
+             "lm_head": "head"}
+    weights = {".".join(names.get(p, p) for p in k.removeprefix("model.").split(".")): v for k, v in llama.state_dict().items()}
+    model.load_state_dict(weights)
+    idx = tokens(2, 8)
+    torch.testing.assert_close(model(idx)[0], llama(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- segments and memory
+
+@pytest.mark.parametrize("memory_type", TYPES)
+def test_causality_within_and_across_segments(memory_type):
+    model, idx = make(memory_type=memory_type), tokens(1, 27)
+    logits, _, _ = model.unroll(idx)
+    for t in (0, 5, 7, 8, 13, 16, 26):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 40
+        other, _, _ = model.unroll(changed)
+        assert torch.equal(logits[:, :t], other[:, :t])
+        assert not torch.equal(logits[:, t], other[:, t])
+        assert t // 8 == 3 or (memory_type == "none") == torch.equal(logits[:, 24:], other[:, 24:])
+        if t >= 8:  # and the memory that earlier segments wrote does not change
+            assert torch.equal(model.unroll(idx[:, : t // 8 * 8])[2], model.unroll(changed[:, : t // 8 * 8])[2])
+
+
+@pytest.mark.parametrize("memory_type, bptt, arrives", [("lm2", 0, True), ("rmt", 0, True), ("none", 0, False),
+                                                        ("lm2", 1, False), ("lm2", 3, False), ("lm2", 4, True)])
+def test_gradient_reaches_the_first_segment(memory_type, bptt, arrives):
+    model = make(memory_type=memory_type)
+    first = torch.arange(8)[None]  # tokens that appear in the first of four segments only
+    idx = torch.cat((first, 8 + tokens(1, 24) % 32), dim=1)
+    targets = torch.full_like(idx, -1)
+    targets[:, -4:] = 3
+    _, loss, _ = model.unroll(idx, targets, bptt_segments=bptt)
+    loss.backward()
+    assert bool(model.embed.weight.grad[:8].abs().sum() > 0) == arrives
+
+
+@pytest.mark.parametrize("memory_type", TYPES)
+def test_unroll_equals_two_calls_cut_at_a_border(memory_type, tmp_path):
+    model, idx = make(memory_type=memory_type), tokens(2, 30)
+    logits, _, memory = model.unroll(idx)
+    first, _, carried = model.unroll(idx[:, :16])
+    torch.save(carried, tmp_path / "memory.pt")
+    second, _, end = model.unroll(idx[:, 16:], memory=torch.load(tmp_path / "memory.pt", weights_only=True))
+    assert torch.equal(logits, torch.cat((first, second), dim=1)) and torch.equal(memory, end)
+    assert torch.equal(memory, model.unroll(idx[:, :24])[2])  # the unfinished segment has not written
+
+
+@pytest.mark.parametrize("memory_type", TYPES)
+def test_only_a_full_segment_writes(memory_type):
+    model = make(memory_type=memory_type)
+    memory = model.initial_memory(2)
+    assert torch.equal(model(tokens(2, 7), memory=memory)[2], memory)
+    assert torch.equal(model(tokens(2, 8), memory=memory)[2], memory) == (memory_type == "none")
+
+
+def test_rmt_is_memory_tokens_around_the_segment():
+    model, idx = make(memory_type="rmt"), tokens(2, 8)
+    M = torch.randn(1, 2, 3, 16)
+    x = torch.cat((M[0].double(), model.embed(idx), M[0].double()), dim=1)
+    for block in model.blocks:
+        x, _ = block(x, (model.cos, model.sin))
+    x = model.norm(x)
+    logits, _, memory = model(idx, memory=M)
+    torch.testing.assert_close(logits, model.head(x[:, 3:11]))
+    torch.testing.assert_close(memory[0], x[:, 11:].float())
+
+
+def test_memory_stays_float32_under_bfloat16():
+    model = make(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss, memory = model.unroll(tokens(2, 16), tokens(2, 16))
+    assert memory.dtype == torch.float32 and logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    exact = make(dtype=torch.float32).unroll(tokens(2, 16))[2]
+    assert (memory - exact).abs().max() < 0.05
+
+
+def test_segment_longer_than_block_size_is_refused():
+    with pytest.raises(ValueError, match="holds 8 tokens, not 9"):
+        make()(tokens(1, 9))
+
+
+# ----------------------------------------------------------------------------- loss
+
+def test_loss_ignores_minus_one_and_weighs_the_rest():
+    model, idx, targets = make(), tokens(2, 16), tokens(2, 16, seed=2)
+    targets[0, 3:9] = -1
+    weights = torch.rand(2, 16, dtype=torch.float64)
+    logits, loss, _ = model.unroll(idx, targets, weights=weights)
+    total = norm = 0.0
+    for b in range(2):
+        for t in range(16):
+            if targets[b, t] >= 0:
+                total += (weights[b, t] * -logits[b, t].log_softmax(0)[targets[b, t]]).item()
+                norm += float(weights[b, t])
+    assert loss.item() == pytest.approx(total / norm, rel=1e-5)
+    plain = model.unroll(idx, targets)[1]
+    assert torch.equal(plain, model.unroll(idx, targets, weights=torch.full((2, 16), 2.0))[1])
+
+
+def test_loss_without_a_target_is_zero_with_zero_gradient():
+    model = make()
+    _, loss, _ = model(tokens(2, 8), torch.full((2, 8), -1))
+    loss.backward()
+    assert loss.item() == 0 and model.embed.weight.grad.abs().sum() == 0
+
+
+# ----------------------------------------------------------------------------- generation
+
+@pytest.mark.parametrize("memory_type", TYPES)
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 24, 29])
+def test_greedy_generation_is_the_argmax_of_unroll(memory_type, length):
+    model, idx = make(memory_type=memory_type), tokens(2, length)
+    out, (memory, tail) = model.generate(idx, 20, temperature=0)
+    logits, _, _ = model.unroll(out)
+    assert torch.equal(out[:, :length], idx) and out.shape == (2, length + 20)
+    assert torch.equal(out[:, length:], logits[:, length - 1 : -1].argmax(-1))
+    written = (out.size(1) - 1) // 8 * 8
+    assert torch.equal(tail, out[:, written:])
+    torch.testing.assert_close(memory, model.unroll(out[:, :written])[2] if written else model.initial_memory(2))
+
+
+@pytest.mark.parametrize("memory_type", TYPES)
+def test_generation_in_pieces_is_generation_at_once(memory_type):
+    model, idx = make(memory_type=memory_type), tokens(2, 13)
+    whole, _ = model.generate(idx, 12, temperature=0)
+    _, state = model.generate(idx[:, :5], 0)
+    out, state = model.generate(idx[:, 5:], 3, state, temperature=0)
+    for _ in range(9):
+        token, state = model.generate(idx[:, :0], 1, state, temperature=0)
+        out = torch.cat((out, token), dim=1)
+    assert torch.equal(whole[:, 5:], out)
+
+
+def test_sampling_options():
+    model, idx, seen = make(), tokens(2, 5), []
+    assert torch.equal(model.generate(idx, 9, top_k=1)[0], model.generate(idx, 9, temperature=0)[0])
+    torch.manual_seed(0)
+    a = model.generate(idx, 30)[0]
+    torch.manual_seed(0)
+    assert torch.equal(a, model.generate(idx, 30)[0]) and not torch.equal(a, model.generate(idx, 30)[0])
+    out, _ = model.generate(idx, 30, temperature=0, on_token=lambda token: seen.append(token) or len(seen) == 4)
+    assert out.size(1) == 9 and torch.equal(out[:, 5:], torch.cat(seen, dim=1))
+    with pytest.raises(ValueError, match="nothing to continue"):
+        model.generate(idx[:, :0], 1)
+
+
+# ----------------------------------------------------------------------------- the rest
+
+@pytest.mark.parametrize("bad, word", [
+    ({"memory_type": "lstm"}, "memory_type"), ({"n_layer": 0}, "n_layer"), ({"memory_slots": -1}, "memory_slots"),
+    ({"n_embd": 30, "n_head": 4}, "n_embd"), ({"n_head": 4, "n_kv_head": 3}, "n_kv_head"), ({"n_memory_layers": 9}, "n_memory_layers"),
+    ({"memory_top_k": 17}, "memory_top_k"), ({"rope_theta": 0.0}, "rope_theta"), ({"forget_bias": math.nan}, "forget_bias")])
+def test_bad_config_is_one_clear_sentence(bad, word):
+    with pytest.raises(ValueError, match=word) as e:
+        LM2Config(**{"n_embd": 64, "n_head": 4, **bad})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+@pytest.mark.parametrize("memory_type", TYPES)
+def test_optimizers_hold_every_parameter_once(memory_type, muon_lr):
+    model = make(memory_type=memory_type, dtype=torch.float32)
+    optimizers = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), muon_lr)
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    assert all(group["weight_decay"] == 0 for o in optimizers for group in o.param_groups if any(p.dim() < 2 for p in group["params"]))
+
+
+@pytest.mark.parametrize("memory_slots", [0, 4, 16])
+def test_mfu_counts_the_flops_of_the_matrix_products(memory_slots):
+    """Against torch's own count of a training step."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model, idx = make(dtype=torch.float32, n_embd=64, block_size=32, memory_slots=memory_slots), tokens(2, 32 * 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot count the fused kernel
+        model.unroll(idx, idx)[1].backward()
+    assert model.estimate_mfu(idx.numel(), 1.0, counter.get_total_flops()) == pytest.approx(1.0, rel=0.02)
