@@ -208,7 +208,7 @@ def simulate(task, rng, questions=5, at_end=0):
     world, lines, events = (VagueWorld if task in ("qa9", "qa10") else World)(task, rng), [], []
 
     def ask():
-        for focus in rng.sample(events[-5:], min(5, len(events))) * 3:  # about one of the last five statements
+        for focus in rng.sample(events[-5:], min(5, len(events))) * 10:  # one of the last five statements
             if question := world.ask(focus, events):
                 return question
 
@@ -379,9 +379,12 @@ def dump_ranks(encoding):
 def parse_ranks(text):
     """The encoding that dump_ranks wrote. Raises ValueError for anything else."""
     try:
-        return make_encoding({token.encode("latin-1"): rank for rank, token in enumerate(json.loads(text))})
-    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(json.loads(text))}
+    except (ValueError, AttributeError) as e:
         raise ValueError(f"the tokenizer is not a list of tokens in JSON ({e})") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise ValueError("the tokenizer is not whole: a token is there twice, or a byte is missing")
+    return make_encoding(ranks)
 
 
 # -----------------------------------------------------------------------------
@@ -454,13 +457,13 @@ class Babilong:
         rng = random.Random(f"{seed}/{task}/{segments}/{length}/{index}")
         for _ in range(1000):
             if self.stories is None:
-                story = simulate(task, rng, questions=rng.randint(1, 5), at_end=3 if dense else 0)
+                story = simulate(task, rng, questions=rng.randint(1, 5), at_end=rng.randint(0, 3) if dense else 0)
             else:
                 story = rng.choice(self.stories[task])
                 story = story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
             if sample := self.compose(task, rng, story, segments, length, dense, noise):
                 return sample
-        raise ValueError(f"no story of {task} fits {segments} segments of {self.block_size} tokens")
+        raise ValueError(f"no story of {task} fits {segments} segments of {self.block_size} tokens: take more, or longer ones")
 
     def compose(self, task, rng, story, segments, length, dense, noise):
         """The Sample of a story that ends with a question, or None if it does not fit."""

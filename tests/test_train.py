@@ -1,0 +1,280 @@
+"""The command line of train.py: training, resuming, evaluating, and what it says to flags and files that cannot work."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_babilong as babilong
+import train
+from test_data import expected
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(data_dir, out_dir, **kwargs):
+    base = dict(data_dir=data_dir, out_dir=out_dir, device="cpu", block_size=32, n_layer=2, n_embd=32, n_head=2, memory_slots=4,
+                max_iters=8, batch_size=8, curriculum="1,2", stage_accuracy=0.0, log_interval=1, eval_interval=0, eval_samples=10,
+                eval_segments="1,2", eval_lengths="", warmup_iters=2)
+    return [f"--{k}={v}" for k, v in {**base, **kwargs}.items()]
+
+
+def run(*args):
+    return train.main(*train.parse_args([*args]))
+
+
+def weights(out_dir):
+    return torch.load(Path(out_dir, "ckpt.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Two nested states, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def log(out_dir):
+    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_second")} for row in rows]
+
+
+# ----------------------------------------------------------------------------- training
+
+@pytest.mark.parametrize("memory_type", ["lm2", "rmt", "none"])
+def test_a_run_leaves_checkpoint_log_and_results(memory_type, data_dir, tmp_path, capsys):
+    assert run(*flags(data_dir, tmp_path, memory_type=memory_type, eval_interval=4, eval_lengths="0k", tasks="qa1,qa6", eval_segments="3")) == 0
+    checkpoint = weights(tmp_path)
+    assert checkpoint["iter_num"] == 8 and isinstance(checkpoint["config"], dict)
+    assert all(isinstance(w, torch.Tensor) and w.isfinite().all() for w in checkpoint["model"].values())
+    rows = log(tmp_path)
+    assert [r["iter"] for r in rows if "loss" in r] == list(range(1, 9)) and any("eval" in r for r in rows)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["max_iters"] == 8 and results["config"]["parameters"] > 0 and results["config"]["data_hash"]
+    assert [(r["task"], r["length"], r["segments"]) for r in results["results"]] == [
+        ("qa1", "0k", None), ("qa1", None, 3), ("qa6", "0k", None), ("qa6", None, 3)]
+    for r in results["results"]:
+        assert r["n"] == 10 and r["low"] <= r["accuracy"] == 10 * r["correct"] <= r["high"]
+    printed = capsys.readouterr().out
+    assert "95% interval" in printed and len(re.findall(r"^qa[16] ", printed, re.M)) == 4
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "log.jsonl", "results.json"}
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(data_dir, tmp_path, monkeypatch):
+    run(*flags(data_dir, tmp_path / "whole"))
+    save, saved = train.save_checkpoint, []
+
+    def save_and_die(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags(data_dir, tmp_path / "cut", checkpoint_interval=3))
+    assert weights(tmp_path / "cut")["iter_num"] == 3
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"iter": 4, "loss": "written after the checkpoint"}\n')
+    run("--init_from=resume", f"--out_dir={tmp_path / 'cut'}", "--device=cpu", "--log_interval=1", "--eval_interval=0",
+        "--eval_samples=10", "--eval_segments=1,2", "--eval_lengths=")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for key in ("model", "optimizers", "stage", "running", "iter_num", "rng"):
+        assert same(whole[key], cut[key]), key
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("whole", "cut")]
+    assert results[0] == results[1]
+
+
+def test_resume_goes_on_longer_but_not_with_another_architecture(data_dir, tmp_path, capsys):
+    run(*flags(data_dir, tmp_path, max_iters=2))
+    assert run("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--eval_segments=1", "--eval_lengths=", "--eval_samples=2") == 0
+    assert weights(tmp_path)["iter_num"] == 4
+    with pytest.raises(SystemExit) as e:
+        run("--init_from=resume", f"--out_dir={tmp_path}", "--n_embd=64")
+    assert e.value.code == 2 and "--n_embd=64, but the checkpoint" in capsys.readouterr().err
+
+
+def test_a_new_run_keeps_the_old_checkpoint(data_dir, tmp_path):
+    run(*flags(data_dir, tmp_path, max_iters=2))
+    old = weights(tmp_path)
+    run(*flags(data_dir, tmp_path, max_iters=2, seed=5))
+    assert same(old["model"], torch.load(tmp_path / "ckpt.old.pt", weights_only=True)["model"])
+    assert not same(old["model"], weights(tmp_path)["model"])
+
+
+@pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2, "stage_accuracy": 1.0}])
+def test_seed_and_accumulation(change, data_dir, tmp_path):
+    """The same seed gives the same run; computing a batch in two parts gives it up to rounding."""
+    base = {"muon_lr": 0, "stage_accuracy": change.get("stage_accuracy", 0.0)}
+    run(*flags(data_dir, tmp_path / "a", **base))
+    run(*flags(data_dir, tmp_path / "b", **base, **{k: v for k, v in change.items() if k not in base}))
+    a, b = weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5 if change else 0)
+
+
+def test_two_processes_compute_what_one_computes(data_dir, tmp_path):
+    common = dict(muon_lr=0, max_iters=6, batch_size=8)
+    run(*flags(data_dir, tmp_path / "one", **common))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    done = subprocess.run(command + flags(data_dir, tmp_path / "two", **common), capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one["model"]:  # AdamW makes whole steps, of 2e-3 here, out of a rounding error where a gradient is almost zero
+        torch.testing.assert_close(one["model"][name], two["model"][name], rtol=0, atol=2e-4)
+    losses = [[row["loss"] for row in log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two")]
+    assert [r["n"] for r in results[0]] == [r["n"] for r in results[1]]
+
+
+def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(data_dir, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py")] + flags(data_dir, tmp_path, max_iters=100000),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step" in line:
+            process.send_signal(2)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--init_from=resume" in out and "Traceback" not in err
+    assert weights(tmp_path)["iter_num"] > 0
+
+
+def test_batch_marks_answers_and_ignores_padding(data_dir):
+    data = babilong.load_data(data_dir, 32)[0]
+    args, _ = train.parse_args(flags(data_dir, "unused", tasks="qa1,qa8"))
+    idx, targets, answer, first = train.get_batch(data, args, 0, 2, True, 0, 1)
+    assert idx.shape == targets.shape == answer.shape == first.shape == (4, 64)
+    assert torch.equal(targets[:, :-1][targets[:, :-1] >= 0], idx[:, 1:][targets[:, :-1] >= 0]) and (targets[:, -1] == -1).all()
+    assert not (targets == data.newline).any()
+    for row in range(4):
+        text = data.encoding.decode(targets[row][answer[row]].tolist())
+        assert re.fullmatch(r"( (\w+|\w+, \w+|\w+, \w+, \w+)\.)+", text)
+        assert first[row].sum() == text.count(".")
+    halves = [train.get_batch(data, args, 0, 2, True, rank, 2)[0] for rank in (0, 1)]
+    assert torch.equal(idx, torch.stack(halves, dim=1).flatten(0, 1))
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+class Oracle:
+    """Stands in for a model: answers by reading the prompt, or only its last `window` segments."""
+
+    def __init__(self, data, task, window=None):
+        self.data, self.task, self.window = data, task, window
+        self.embed, self.seen = torch.nn.Embedding(1, 1), []
+
+    def initial_memory(self, batch_size):
+        return torch.zeros(1, batch_size, 1, 1)
+
+    def generate(self, idx, max_new_tokens, state=None, temperature=1.0):
+        if max_new_tokens == 0:
+            return idx, (1.0 + torch.arange(len(idx)).view(1, -1, 1, 1), idx)
+        self.seen.append(state[0].flatten().tolist())
+        answers = []
+        for row in state[1].tolist():
+            start = 0 if self.window is None else len(row) // self.data.block_size * self.data.block_size - (self.window - 1) * self.data.block_size
+            text = self.data.encoding.decode(row[start:])
+            question = re.search(r"(Where is \w+\?)$", text)[1]
+            facts = list(enumerate(re.findall(r"(?:Mary|John|Sandra|Daniel) (?:moved|went|went back|journeyed|travelled) to the \w+\.", text)))
+            try:
+                answer = expected("qa1", facts, question)[0]
+            except KeyError:
+                answer = "nowhere"
+            answers.append((self.data.encode(f" {answer}.") + (self.data.newline,) * 9)[:max_new_tokens])
+        return torch.tensor(answers), state
+
+
+def test_evaluation_scores_a_perfect_reader_and_a_window_reader(data):
+    row = train.evaluate(Oracle(data, "qa1"), data, "qa1", 0, 60, segments=6)
+    assert row["accuracy"] == row["accuracy_outside"] == row["accuracy_earlier"] == 100 and row["n"] == 60 and row["tokens"] == 192
+    assert 0 < row["n_outside"] < 60 and 0 < row["n_earlier"] < 60
+    window = train.evaluate(Oracle(data, "qa1", window=1), data, "qa1", 0, 60, segments=6)
+    assert window["accuracy_outside"] < 30 < window["accuracy"] < 100
+    assert train.evaluate(Oracle(data, "qa1"), data, "qa1", 0, 30, length="0k")["accuracy"] == 100
+
+
+def test_interventions_change_the_memory_and_nothing_else(data):
+    for intervention, memories in (("none", [1, 2, 3, 4]), ("reset", [0, 0, 0, 0]), ("swap", [4, 1, 2, 3])):
+        oracle = Oracle(data, "qa1")
+        train.evaluate(oracle, data, "qa1", 0, 4, intervention, segments=3)
+        assert oracle.seen == [memories]
+
+
+def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, haystack):
+    run(*flags(data_dir, tmp_path))
+    first = json.loads((tmp_path / "results.json").read_text())
+    common = ["--eval_only", f"--out_dir={tmp_path}", "--device=cpu", "--eval_samples=10", "--eval_lengths="]
+    assert run(*common, "--eval_segments=1,2", f"--results={tmp_path / 'again.json'}") == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["results"] == first["results"] and again["config"]["data_hash"] == first["config"]["data_hash"]
+    babi = "".join(f"1 Mary went to the {p}.\n2 Where is Mary? \t{p}\t1\n" for p in babilong.PLACES)
+    (tmp_path / "qa1_test.txt").write_text(babi)
+    run(*common, "--eval_segments=2", f"--babi_dir={tmp_path}", f"--background={haystack}", "--intervention=reset")
+    other = json.loads((tmp_path / "results.json").read_text())
+    assert other["config"]["data_hash"] != first["config"]["data_hash"] and other["results"][0]["intervention"] == "reset"
+
+
+def test_wilson_interval():
+    assert train.wilson(0, 10) == (0.0, 27.8) and train.wilson(10, 10) == (72.2, 100.0) and train.wilson(50, 100) == (40.4, 59.6)
+
+
+# ----------------------------------------------------------------------------- what cannot work
+
+@pytest.mark.parametrize("flag, word", [
+    ("--n_layer=zero", "--n_layer"), ("--n_layer=0", "from 1 on"), ("--n_embd=-3", "--n_embd"), ("--learning_rate=nan", "--learning_rate"),
+    ("--beta2=1.5", "from 0"), ("--memory_slots=-1", "--memory_slots"), ("--memory_type=lstm", "--memory_type"), ("--n_lay=3", "--n_lay"),
+    ("--tasks=qa11", "--tasks"), ("--curriculum=1,x", "--curriculum"), ("--curriculum=", "--curriculum"), ("--eval_lengths=4", "--eval_lengths"),
+    ("--n_head=5", "n_head"), ("--n_kv_head=3", "n_kv_head"), ("--memory_top_k=99", "memory_top_k"), ("--batch_size=4", "--batch_size"),
+    ("--seed=1e3", "--seed"), ("--intervention=reset --memory_slots=0", "--intervention"), ("--n_memory_layers=4", "n_memory_layers"),
+    ("--eval_only --out_dir=nowhere", "no checkpoint nowhere/ckpt.pt"), ("--init_from=resume --out_dir=nowhere", "no checkpoint")])
+def test_bad_flags_are_named_in_one_line(flag, word, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse_args(flag.split())
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and word in last and last.startswith(("usage", Path(sys.argv[0]).name))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+@pytest.mark.parametrize("kind", ["empty", "zeros", "text", "truncated", "pickle", "other"])
+def test_damaged_checkpoint_is_refused_and_nothing_runs(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "config": {}, "iter_num": 1, "tokenizer": "", "args": {}}, "whole.pt")
+    content = {"empty": b"", "zeros": bytes(4096), "text": b"hello", "truncated": Path("whole.pt").read_bytes()[:300]}
+    if kind in content:
+        Path("ckpt.pt").write_bytes(content[kind])
+    else:
+        torch.save({"model": Bomb()} if kind == "pickle" else {"weights": 1}, "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint of train.py"):
+        train.load_checkpoint(".")
+    assert not Path("exploded").exists()
+
+
+def test_bad_input_ends_with_one_line_and_no_traceback(data_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "meta.json").write_text("{}")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py")] + flags(tmp_path / "data", tmp_path / "out"), capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert "cannot be used" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_help_lists_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["-h"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("memory_slots", "curriculum", "eval_only")) and text.count("default:") > 40
