@@ -330,8 +330,6 @@ def train_tokenizer(sentences, vocab_size):
     stories = [line for task in TASKS for i in range(300) for line in simulate(task, random.Random(i))]
     babi = {w for text, answer, _ in stories for w in re.findall(r"\w+", f"{text} {answer}")}.union(*LABELS.values())
     babi = sorted(w.encode() for word in babi for w in (word, " " + word))
-    if vocab_size < 256 + len(babi):
-        raise ValueError(f"vocab_size must be at least {256 + len(babi)}: the 256 bytes and the words of the tasks")
     pattern = PATTERN.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")  # near enough, for Python's re
     counts = Counter(piece.encode() for s in sentences for piece in re.findall(pattern, " " + s))
     pieces = [[bytes([b]) for b in piece] for piece in counts]
@@ -457,13 +455,17 @@ class Babilong:
         rng = random.Random(f"{seed}/{task}/{segments}/{length}/{index}")
         for _ in range(1000):
             if self.stories is None:
-                story = simulate(task, rng, questions=rng.randint(1, 5), at_end=rng.randint(0, 3) if dense else 0)
-            else:
+                story = simulate(task, rng, rng.randint(1, 5), at_end=rng.randint(0, 3) if dense else 0)
+            else:  # one of the story's questions, and what comes before it
                 story = rng.choice(self.stories[task])
                 story = story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
             if sample := self.compose(task, rng, story, segments, length, dense, noise):
                 return sample
         raise ValueError(f"no story of {task} fits {segments} segments of {self.block_size} tokens: take more, or longer ones")
+
+    def pieces(self, line):
+        """The tokens of a line's text, and of its answer."""
+        return self.encode(" " + line.text), self.encode(written(line.answer)) if line.answer else ()
 
     def compose(self, task, rng, story, segments, length, dense, noise):
         """The Sample of a story that ends with a question, or None if it does not fit."""
@@ -472,19 +474,16 @@ class Babilong:
         while dense and story[-n - 1].answer:
             n += 1
         between = dense and rng.random() < 0.5
-        parts = [(i, self.encode(" " + line.text), self.encode(written(line.answer)) if line.answer else ())
-                 for i, line in enumerate(story[:-n], 1) if between or not line.answer]
+        parts = [(i, *self.pieces(line)) for i, line in enumerate(story[:-n], 1) if between or not line.answer]
         end, spans = [], []
-        for line in story[-n:]:
-            end += self.encode(" " + line.text)
-            spans.append((len(end), len(end) + len(self.encode(written(line.answer)))))
-            end += self.encode(written(line.answer))
-        end += [self.newline] * (self.room[task] - spans[-1][1] + spans[-1][0])
-        # keeping the questions in between whole can cost up to `slack` tokens
-        slack = sum(len(question) + len(answer) - 1 for _, question, answer in parts if answer)
-        cost = self.chars if length else each
-        budget = parse_length(length) if length else segments * T
-        budget -= sum(cost[t] for _, text, answer in parts for t in text + answer) + sum(cost[t] for t in end) + slack
+        for text, answer in map(self.pieces, story[-n:]):
+            end += text + answer
+            spans.append((len(end) - len(answer), len(end)))
+        end += [self.newline] * (self.room[task] - len(answer))
+        # what the haystack may cost, in characters or tokens; keeping the questions in between whole takes up to `slack`
+        cost, slack = self.chars if length else each, sum(len(text + answer) - 1 for _, text, answer in parts if answer)
+        budget = parse_length(length) if length else segments * T - slack
+        budget -= sum(cost[t] for t in chain(end, *(text + answer for _, text, answer in parts)))
         if len(end) > T or (budget < 0 and not length):
             return None
         sentences = self.noise(rng, budget, cost) if noise else []
@@ -493,7 +492,7 @@ class Babilong:
         for place, (i, text, answer) in zip(places, parts):
             tokens += chain(*sentences[done:place])
             done, start = place, len(tokens)
-            if answer and start // T != (start + len(text) + len(answer) - 1) // T:
+            if answer and start // T != (start + len(text + answer) - 1) // T:
                 tokens += [self.newline] * (-start % T)
                 start = len(tokens)
             tokens += text + answer
@@ -534,7 +533,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
             files[f"eval/{task}.txt"] = format_babi(task, stories)
     files["tokenizer.json"] = dump_ranks(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
     digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
-    meta = {"hash": digest, "tasks": list(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
+    meta = {"hash": digest, "tasks": ",".join(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
     files["meta.json"] = json.dumps(meta, indent=2) + "\n"
     data_dir = Path(data_dir)
     if data_dir.exists() and any(data_dir.iterdir()) and not (data_dir / "meta.json").exists():
@@ -562,7 +561,7 @@ def load_data(data_dir, block_size):
         for split in ("train", "eval"):
             sentences = read_text(data_dir / split / "background.txt").splitlines()
             fresh = split == "train" and meta["stories"] == "simulated"
-            stories = None if fresh else {task: find_babi(data_dir / split, task) for task in meta["tasks"]}
+            stories = None if fresh else {task: find_babi(data_dir / split, task) for task in meta["tasks"].split(",")}
             splits.append(Babilong(encoding, stories, sentences, block_size))
     except (OSError, KeyError, ValueError) as e:
         raise ValueError(f"{data_dir} cannot be used: {e}. Run prepare_babilong.py again") from None
@@ -581,20 +580,18 @@ def show(data, task, **which):
           f"{len(sample.facts)} facts; target: {sample.target}")
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
-    parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
-    parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
-    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens of the tokenizer")
-    parser.add_argument("--seed", type=int, default=1337, help="of the evaluation stories")
-    parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of the data in data_dir, write nothing")
-    parser.add_argument("--length", help="of the sample shown, like 0k or 4k; default: --segments")
-    parser.add_argument("--segments", type=int, default=4, help="of the sample shown")
-    parser.add_argument("--block_size", type=int, default=64, help="tokens of a segment")
-    return parser.parse_args(argv)
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a finite float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"takes {name} from {low}" + (f" to {high}" if high < math.inf else " on") + f", not {text!r}")
+        return value
+    return parse
 
 
 def parse_tasks(text):
@@ -605,15 +602,37 @@ def parse_tasks(text):
     return tasks
 
 
-def main(args):
-    if args.show and Path(args.data_dir, "meta.json").exists():
-        return show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)
-    meta = write_data(args.data_dir, parse_tasks(args.tasks), args.babi_dir, args.background and args.background.split(","), args.vocab_size, args.seed)
-    print(f"wrote {args.data_dir}: tasks {','.join(meta['tasks'])}, stories {meta['stories']}, background {meta['background']}, hash {meta['hash']}")
+def main():
+    parser = argparse.ArgumentParser(description="Writes the data, or shows a sample of it.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
+    parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
+    parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
+    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
+    parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer, at most")
+    parser.add_argument("--seed", type=number(int, 0), default=1337, help="of the evaluation stories")
+    parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
+    parser.add_argument("--length", help="of the sample shown, like 0k or 4k; default: --segments")
+    parser.add_argument("--segments", type=number(int, 1), default=4, help="of the sample shown")
+    parser.add_argument("--block_size", type=number(int, 1), default=64, help="tokens of a segment of the sample shown")
+    args = parser.parse_args()
+    try:
+        tasks, background = parse_tasks(args.tasks), args.background.split(",") if args.background else None
+        if args.length:
+            parse_length(args.length)
+    except ValueError as e:
+        parser.error(str(e))
+    if not args.show or not Path(args.data_dir, "meta.json").exists():
+        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed)
+        print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
+    if args.show:
+        show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main()
     except (ValueError, OSError) as e:
         sys.exit(f"prepare_babilong.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import prepare_babilong as babilong
-from train import load_checkpoint, load_model, number, pick_device
+from prepare_babilong import number
+from train import load_checkpoint, load_model, pick_device
 
 try:
     import readline  # noqa: F401  history and line editing for input(), where the platform has them

@@ -30,23 +30,10 @@ from tqdm import tqdm
 
 import prepare_babilong as babilong
 from model import LM2, LM2Config
+from prepare_babilong import number
 
 # -----------------------------------------------------------------------------
 # flags
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a finite float from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"takes {name} from {low}" + (f" to {high}" if high < math.inf else " on") + f", not {text!r}")
-        return value
-    return parse
-
 
 def numbers(text):
     """An argparse type: '1,2,4' as [1, 2, 4], '' as []."""
