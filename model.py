@@ -29,9 +29,9 @@ say. This file's answer, and the one place where it had to decide:
     two slots, and a lookup can be learned at once.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
-  * Read projections. A bank read through W_Q, W_K, W_V of its own has to learn from nothing what self-attention
-    has already learned inside the segment, and does not. So the read shares its block's self-attention weights:
-    a lookup learned inside the window works on the bank as it is.
+  * Read projections. A bank read through W_Q, W_K, W_V that start at random has to learn from nothing what
+    self-attention has learned inside the segment. So each of them is the block's own matrix plus a difference that
+    starts at zero: a lookup learned inside the window works on the bank at once, and is then free to differ.
 """
 import math
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads. The memory reads through the same projections."""
+    """Causal self-attention with grouped key-value heads. The memory's read starts from the same projections."""
 
     def __init__(self, config):
         super().__init__()
@@ -125,9 +125,10 @@ class Attention(nn.Module):
     def forward(self, h, rope, cache=None):
         """
         h (B, T, C), rope of its T positions; cache: a dict that keeps keys and values of the segment so far, or
-        None. With keys in the cache, T must be 1. Returns y (B, T, C) and the unrotated queries q (B, H, T, D).
+        None. With keys in the cache, T must be 1. Returns y (B, T, C) and h W_Q (B, T, C).
         """
-        q = self.heads(self.wq(h), norm=True)  # (B, H, T, D)
+        hq = self.wq(h)  # (B, T, C)
+        q = self.heads(hq, norm=True)  # (B, H, T, D)
         k = rotate(self.heads(self.wk(h), norm=True), rope)  # (B, K, T, D)
         v = self.heads(self.wv(h))  # (B, K, T, D)
         if cache is not None:
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             rotate(q, rope), k, v, is_causal=h.size(1) > 1, scale=self.scale, enable_gqa=self.grouped
         )  # (B, H, T, D)
-        return y.transpose(1, 2).flatten(2), q
+        return y.transpose(1, 2).flatten(2), hq
 
 
 class MLP(nn.Module):
@@ -159,6 +160,10 @@ class Memory(nn.Module):
         super().__init__()
         C, N, T = config.n_embd, config.memory_slots, config.block_size
         self.top_k = config.memory_top_k
+        kv = C // config.n_head * config.n_kv_head
+        self.d_q = nn.Linear(C, C, bias=False)  # what W_Q, W_K and W_V of the read
+        self.d_k = nn.Linear(C, kv, bias=False)  # differ by from the self-attention's;
+        self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.salience = nn.Linear(C, 1, bias=False)  # how much of its chunk's slot a token claims
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
@@ -170,12 +175,13 @@ class Memory(nn.Module):
         t = torch.arange(T)
         self.register_buffer("outside", (t < first[:, None]) | (t >= last[:, None]), persistent=False)  # (N, T)
 
-    def read(self, q, M, attn):
-        """q (B, H, T, D): the tokens' queries, not rotated: slots have no order. Returns E_gated (B, T, C)."""
-        m = rms_norm(M).to(q.dtype)  # (B, N, C)
-        # (1)  Q = E_t W_Q,  K = M_t W_K,  V = M_t W_V                      Q is q: the block's own projections
-        k = attn.heads(attn.wk(m), norm=True)  # (B, K, N, D)
-        v = attn.heads(attn.wv(m))  # (B, K, N, D)
+    def read(self, h, hq, M, attn):
+        """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C). Returns E_gated (B, T, C)."""
+        m = rms_norm(M).to(h.dtype)  # (B, N, C)
+        # (1)  Q = E_t W_Q,  K = M_t W_K,  V = M_t W_V                   not rotated: slots have no order
+        q = attn.heads(hq + self.d_q(h), norm=True)  # (B, H, T, D)
+        k = attn.heads(F.linear(m, attn.wk.weight + self.d_k.weight), norm=True)  # (B, K, N, D)
+        v = attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))  # (B, K, N, D)
         # (1)  A = softmax(Q K^T / sqrt(d)), optionally over the top k slots;  E_mem = A V
         E_mem = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.best(q, k, attn.scale), scale=attn.scale, enable_gqa=attn.grouped
@@ -225,10 +231,10 @@ class Block(nn.Module):
             if cache is not None:
                 cache["h"] = h[:, -1:]
             h = h + self.shift * torch.cat((before, h[:, :-1]), dim=1)
-        y, q = self.attn(h, rope, cache)
+        y, hq = self.attn(h, rope, cache)
         if self.memory is not None:
             # (3)  E_next = E_attn + E_gated                one output projection serves both
-            y = y + self.memory.read(q, M, self.attn)
+            y = y + self.memory.read(h, hq, M, self.attn)
         x = x + self.attn.wo(y)
         return x + self.mlp(self.norm2(x)), h
 
@@ -272,7 +278,8 @@ class LM2(nn.Module):
         for memory in (block.memory for block in self.blocks if block.memory is not None):
             for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
                 normal(linear.weight, linear.in_features**-0.5)
-            memory.salience.weight.zero_()  # a plain mean at first
+            for linear in (memory.d_q, memory.d_k, memory.d_v, memory.salience):  # salience: a plain mean at first
+                linear.weight.zero_()
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.w_out.bias.zero_()
             memory.w_in.bias.zero_()
@@ -431,6 +438,6 @@ class LM2(nn.Module):
         L = sum(block.memory is not None for block in self.blocks)
         decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
         per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
-        per_token = decoder + L * (c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with the output gate
+        per_token = decoder + L * (2 * c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with query and output gate
         attended = c.n_layer * c.block_size + L * 1.5 * c.memory_slots  # self-attention; read, and pooling to write
         return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

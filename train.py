@@ -179,9 +179,12 @@ def load_checkpoint(out_dir):
 
 
 def load_model(checkpoint, device):
-    """(model, encoding) of a checkpoint."""
-    model = LM2(LM2Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    """(model, encoding) of a checkpoint. Raises ValueError if its parts do not fit each other."""
+    try:
+        model = LM2(LM2Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"the checkpoint's model does not fit its config: {str(e).splitlines()[0]}") from None
     return model.to(device), babilong.parse_ranks(checkpoint["tokenizer"])
 
 

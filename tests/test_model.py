@@ -20,6 +20,8 @@ def make(seed=0, dtype=torch.float64, **kwargs):
         for name, p in model.named_parameters():
             if "salience" in name or "bias" in name or name == "head.weight":
                 p.copy_(torch.randn_like(p))
+            if ".d_" in name:
+                p.copy_(0.2 * torch.randn_like(p))
     return model.eval()
 
 
@@ -38,7 +40,7 @@ def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
     model = make(n_kv_head=n_kv_head, memory_slots=5, memory_top_k=top_k, qk_norm=qk_norm)
     block, B, T, H, D = model.blocks[0], 2, 8, 4, 4
     h, M = torch.randn(B, T, 16, dtype=torch.float64), torch.randn(B, 5, 16, dtype=torch.float64)
-    W = {name: getattr(block.attn, name).weight for name in ("wq", "wk", "wv")}
+    W = {"w" + x: getattr(block.attn, "w" + x).weight + getattr(block.memory, "d_" + x).weight for x in "qkv"}
     expected = torch.zeros(B, T, 16, dtype=torch.float64)
     for b in range(B):
         for t in range(T):
@@ -56,8 +58,8 @@ def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
             E_mem = torch.cat(read)
             gate = torch.sigmoid(block.memory.w_out.weight @ E_mem + block.memory.w_out.bias)
             expected[b, t] = gate * E_mem
-    y, q = block.attn(h, (model.cos[:T], model.sin[:T]))
-    torch.testing.assert_close(block.memory.read(q, M, block.attn), expected, rtol=1e-9, atol=1e-9)
+    y, hq = block.attn(h, (model.cos[:T], model.sin[:T]))
+    torch.testing.assert_close(block.memory.read(h, hq, M, block.attn), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("T, N", [(8, 4), (8, 3), (7, 5), (8, 8), (4, 10), (8, 1)])
@@ -85,8 +87,8 @@ def test_equation_3_adds_the_gated_read_to_the_attention_output():
     model = make()
     block, x, M = model.blocks[0], torch.randn(2, 8, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
     out, h = block(x, (model.cos, model.sin), M)
-    y, q = block.attn(h, (model.cos, model.sin))
-    after = x + block.attn.wo(y + block.memory.read(q, M, block.attn))
+    y, hq = block.attn(h, (model.cos, model.sin))
+    after = x + block.attn.wo(y + block.memory.read(h, hq, M, block.attn))
     torch.testing.assert_close(out, after + block.mlp(block.norm2(after)))
 
 
