@@ -294,7 +294,7 @@ def python_documentation():
     library = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     for path in tqdm(sorted(p for p in library.rglob("*.py") if not skip & set(p.relative_to(library).parts)),
-                     desc="reading Python's own documentation", unit="file", leave=False):
+                     desc="reading Python's own documentation", unit="file", leave=False, disable=None):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
@@ -523,7 +523,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     for split, held_out in (("train", False), ("eval", True)):  # a tenth, in runs of 50 sentences, is for evaluation
         part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
         files[f"{split}/background.txt"] = "".join(s + "\n" for s in part)
-    for task in tqdm(tasks, desc="stories", unit="task", leave=False):
+    for task in tqdm(tasks, desc="stories", unit="task", leave=False, disable=None):
         if babi_dir:
             stories = find_babi(babi_dir, task)
             cut = -(-len(stories) * 9 // 10)

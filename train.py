@@ -93,8 +93,8 @@ def get_parser():
     g.add_argument("--qk_norm", action=switch, default=True, help="normalise queries and keys; Llama does not")
     g.add_argument("--token_shift", action=switch, default=True, help="mix in the token before; Llama does not")
     g = parser.add_argument_group("optimization")
-    g.add_argument("--max_iters", type=positive, default=2000, help="training steps")
-    g.add_argument("--batch_size", type=positive, default=128, help="segments per step: batch_size // S samples of S segments")
+    g.add_argument("--max_iters", type=positive, default=2500, help="training steps")
+    g.add_argument("--batch_size", type=positive, default=64, help="segments per step: batch_size // S samples of S segments")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
     g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
     g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.02, help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
@@ -106,7 +106,7 @@ def get_parser():
     g.add_argument("--decay_share", type=share, default=0.4, help="share of the steps, at the end, in which it falls to zero")
     g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0, help="of the answers' loss, beside the language model's 1")
     g = parser.add_argument_group("curriculum")
-    g.add_argument("--curriculum", type=numbers, default="1,2,3,4,6,8", help="most segments of a sample, stage by stage")
+    g.add_argument("--curriculum", type=numbers, default="1,2,3,4,6,8,12,16", help="most segments of a sample, stage by stage")
     g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
     g.add_argument("--bptt_segments", type=count, default=0, help="cut the gradient after so many segments; 0: never")
     return parser
@@ -344,7 +344,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             dist.all_reduce(values)
         return values.tolist()
 
-    bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=not master, dynamic_ncols=True)
+    bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=None if master else True)  # None: only on a terminal
     clock, seen = time.perf_counter(), 0
     while it < args.max_iters:
         # half of the batches are as long as the stage allows, the others shorter; one in five has no haystack
@@ -466,7 +466,7 @@ def main(args, checkpoint):
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
     rows = []
     for task in args.tasks:
-        for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=rank > 0):
+        for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
             rows.append(evaluate(model, held_out, task, meta["seed"], args.eval_samples, args.intervention, rank, world, **size))
     if rank == 0:
         config = {**vars(args), "parameters": model.num_params(), "iter_num": checkpoint["iter_num"] if args.eval_only else args.max_iters,
