@@ -198,10 +198,11 @@ def line_up_places(rng):
     return [Line(f"The {x} is {d} of the {y}.") for x, d, _, y in facts] + [Line(question, subject, (line + 1,))]
 
 
-def simulate(task, rng, questions=5, at_end=0):
+def simulate(task, rng, questions=5, at_end=0, limit=math.inf):
     """
     One story of `task` as a list of Lines: `questions` times two statements or more and a question, as published;
-    then up to `at_end` further questions, each different from the ones since the last statement.
+    then up to `at_end` further questions, each different from the ones since the last statement. None if it grows
+    beyond `limit` lines.
     """
     if task == "qa4":
         return line_up_places(rng)
@@ -215,6 +216,8 @@ def simulate(task, rng, questions=5, at_end=0):
     for _ in range(questions):
         question = None
         while question is None:
+            if len(lines) > limit:
+                return None
             for _ in range(2):
                 text, event = world.step(len(lines) + 1)
                 lines.append(Line(text))
@@ -453,13 +456,15 @@ class Babilong:
         place of a haystack. Raises ValueError if no story fits.
         """
         rng = random.Random(f"{seed}/{task}/{segments}/{length}/{index}")
-        for _ in range(1000):
+        limit = segments * self.block_size // 5 if segments else math.inf  # a line has five tokens or more
+        for _ in range(10_000):
             if self.stories is None:
-                story = simulate(task, rng, rng.randint(1, 5), at_end=rng.randint(0, 3) if dense else 0)
+                story = simulate(task, rng, rng.randint(1, 5), rng.randint(0, 3) if dense else 0, limit)
             else:  # one of the story's questions, and what comes before it
                 story = rng.choice(self.stories[task])
                 story = story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
-            if sample := self.compose(task, rng, story, segments, length, dense, noise):
+            sample = self.compose(task, rng, story, segments, length, dense, noise) if story else None
+            if sample:
                 return sample
         raise ValueError(f"no story of {task} fits {segments} segments of {self.block_size} tokens: take more, or longer ones")
 
