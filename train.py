@@ -93,11 +93,11 @@ def get_parser():
     g.add_argument("--qk_norm", action=switch, default=True, help="normalise queries and keys; Llama does not")
     g.add_argument("--token_shift", action=switch, default=True, help="mix in the token before; Llama does not")
     g = parser.add_argument_group("optimization")
-    g.add_argument("--max_iters", type=positive, default=2500, help="training steps")
+    g.add_argument("--max_iters", type=positive, default=2000, help="training steps")
     g.add_argument("--batch_size", type=positive, default=64, help="segments per step: batch_size // S samples of S segments")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
     g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
-    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.02, help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
+    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.01, help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
     g.add_argument("--weight_decay", type=number(float, 0, 10), default=0.0, help="of matrices")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.9, help="AdamW's")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's")
@@ -420,6 +420,8 @@ def main(args, checkpoint):
     if world > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
@@ -432,6 +434,11 @@ def main(args, checkpoint):
     if world > 1:
         dist.barrier()
     training, held_out, meta = babilong.load_data(args.data_dir, args.block_size)
+    # before the training, so that a mistake in them shows at once
+    stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
+    sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
+    if missing := [task for task in args.tasks if task not in meta["tasks"].split(",")]:
+        raise ValueError(f"{args.data_dir} holds no {missing[0]}: prepare it with --tasks={','.join(args.tasks)}")
     torch.manual_seed(args.seed)
     if checkpoint:
         model, encoding = load_model(checkpoint, device)
@@ -456,13 +463,8 @@ def main(args, checkpoint):
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
             return 130
 
-    stories, sentences = held_out.stories, None
-    if args.babi_dir:
-        stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks}
-    if args.background:
-        sentences = babilong.read_background(args.background.split(","))
     if args.babi_dir or args.background:
-        held_out = babilong.Babilong(training.encoding, stories, sentences or held_out.sentences, args.block_size)
+        held_out = babilong.Babilong(training.encoding, stories, sentences, args.block_size)
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
     rows = []
     for task in args.tasks:

@@ -231,8 +231,12 @@ def test_binary_and_missing_files_are_refused(tmp_path):
         babilong.find_babi(tmp_path, "qa1")
     with pytest.raises(ValueError, match="no file for qa2"):
         babilong.find_babi(tmp_path, "qa2")
-    with pytest.raises(ValueError, match="usable sentences"):
-        babilong.read_background([tmp_path / "qa1.txt"][:0] or [str(tmp_path / "empty")] if (tmp_path / "empty").mkdir() is None else [])
+    (tmp_path / "few.txt").write_text("This is a sentence. " * 500)
+    for path in (tmp_path / "few.txt", tmp_path):
+        with pytest.raises(ValueError, match="usable sentences|not text"):
+            babilong.read_background([str(path)])
+    with pytest.raises(OSError, match="nowhere"):
+        babilong.read_background([str(tmp_path / "nowhere")])
 
 
 def test_written_folder(data_dir):
@@ -258,6 +262,49 @@ def test_published_stories_split_into_training_and_evaluation(tmp_path, haystack
     train, held_out, meta = babilong.load_data(tmp_path / "data", 32)
     assert (len(train.stories["qa1"]), len(held_out.stories["qa1"])) == (27, 3)
     assert train.sample("qa1", 0, 0, segments=2, dense=True).question == "Where is Mary?"
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["prepare_babilong.py", *args])
+    babilong.main()
+
+
+def test_command_line_writes_and_shows(tmp_path, haystack, monkeypatch, capsys):
+    common = [f"--data_dir={tmp_path / 'data'}", "--vocab_size=600", f"--background={haystack}", "--tasks=qa1"]
+    call(monkeypatch, *common)
+    first = capsys.readouterr().out
+    call(monkeypatch, *common)
+    assert capsys.readouterr().out == first and "hash" in first  # the same input gives the same data
+    call(monkeypatch, *common, "--show=qa1", "--length=1k")
+    shown = capsys.readouterr().out
+    assert re.search(r"\[\[ \w+ [\w ]+\.\]\]", shown) and "target: " in shown and "Where is" in shown
+    call(monkeypatch, *common, "--seed=7")
+    assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize("args, word", [(["--tasks=qa12"], "--tasks"), (["--vocab_size=10"], "--vocab_size"), (["--show=qa0"], "--show"),
+                                        (["--length=7"], "a length is"), (["--block_size=0"], "--block_size"), (["--sed=1"], "--sed")])
+def test_bad_flags_are_named_in_one_line(args, word, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        call(monkeypatch, *args)
+    assert e.value.code == 2 and word in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_nothing_is_half_written(tmp_path, haystack, monkeypatch):
+    """A disk that fills up while the last file is written leaves the old data, whole."""
+    babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    write = babilong.Path.write_text
+
+    def full(path, *args, **kwargs):
+        if path.name == "meta.json":
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(babilong.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, seed=2)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
 # ----------------------------------------------------------------------------- tokens

@@ -273,6 +273,12 @@ def test_bad_input_ends_with_one_line_and_no_traceback(data_dir, tmp_path):
     assert "cannot be used" in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_task_that_the_data_lack_is_named(tmp_path, haystack):
+    babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5)
+    with pytest.raises(ValueError, match="holds no qa2"):
+        run(*flags(tmp_path / "data", tmp_path / "out", tasks="qa1,qa2"))
+
+
 def test_help_lists_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["-h"])
