@@ -345,7 +345,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         return values.tolist()
 
     bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=None if master else True)  # None: only on a terminal
-    clock, seen = time.perf_counter(), 0
+    clock, seen, stop = time.perf_counter(), 0, False
     while it < args.max_iters:
         # half of the batches are as long as the stage allows, the others shorter; one in five has no haystack
         rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
@@ -388,7 +388,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             running += 0.05 * (accuracy - running)
         if running > args.stage_accuracy and stage < len(stages) - 1:
             stage, running = stage + 1, 0.0
-            bar.write(f"step {it:5d}: on to {stages[stage]} segments") if master else None
+            if master:
+                bar.write(f"step {it:5d}: stage {stage} of {len(stages) - 1}, samples of up to {stages[stage]} segments")
         stop = total(len(stopped))[0] > 0
         if master:
             bar.update()
@@ -444,6 +445,8 @@ def main(args, checkpoint):
         model, encoding = load_model(checkpoint, device)
         if babilong.dump_ranks(encoding) != babilong.dump_ranks(training.encoding):
             raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name its --data_dir")
+        if not args.eval_only and checkpoint["data"] != meta["hash"]:
+            raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir} (hash {meta['hash']}, not {checkpoint['data']})")
     else:
         model = LM2(model_config(args, training.encoding.n_vocab)).to(device)
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):

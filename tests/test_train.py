@@ -99,9 +99,20 @@ def test_resume_goes_on_longer_but_not_with_another_architecture(data_dir, tmp_p
     run(*flags(data_dir, tmp_path, max_iters=2))
     assert run("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--eval_segments=1", "--eval_lengths=", "--eval_samples=2") == 0
     assert weights(tmp_path)["iter_num"] == 4
+    assert run("--init_from=resume", f"--out_dir={tmp_path}", "--eval_segments=1", "--eval_lengths=", "--eval_samples=2") == 0  # at its end
     with pytest.raises(SystemExit) as e:
         run("--init_from=resume", f"--out_dir={tmp_path}", "--n_embd=64")
     assert e.value.code == 2 and "--n_embd=64, but the checkpoint" in capsys.readouterr().err
+
+
+def test_changed_data_are_noticed(tmp_path, haystack):
+    for seed in (1, 2):
+        babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5, seed=seed)
+        if seed == 1:
+            run(*flags(tmp_path / "data", tmp_path / "out", max_iters=2))
+    with pytest.raises(ValueError, match="has changed since the checkpoint"):
+        run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4")
+    assert run("--eval_only", f"--out_dir={tmp_path / 'out'}", "--eval_segments=1", "--eval_lengths=") == 0
 
 
 def test_a_new_run_keeps_the_old_checkpoint(data_dir, tmp_path):
