@@ -320,7 +320,8 @@ def read_background(paths=None):
     person = re.compile(rf"\b({'|'.join(ALL_PEOPLE)})\b")
     sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
     if len(sentences) < 100:
-        raise ValueError(f"{', '.join(paths or ['the documentation of Python'])}: {len(sentences)} usable sentences, a haystack needs 100")
+        name = ", ".join(paths or ["the documentation of Python"])
+        raise ValueError(f"{name}: {len(sentences)} usable sentences, a haystack needs 100")
     return sentences
 
 
@@ -593,10 +594,19 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"takes {name} from {low}" + (f" to {high}" if high < math.inf else " on") + f", not {text!r}")
+            name, end = "a whole number" if kind is int else "a number", f"to {high}" if high < math.inf else "on"
+            raise argparse.ArgumentTypeError(f"takes {name} from {low} {end}, not {text!r}")
         return value
     return parse
+
+
+def length(text):
+    """An argparse type: a length like 4k, left as it is."""
+    try:
+        parse_length(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
 
 
 def parse_tasks(text):
@@ -617,17 +627,16 @@ def main():
     parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer, at most")
     parser.add_argument("--seed", type=number(int, 0), default=1337, help="of the evaluation stories")
     parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
-    parser.add_argument("--length", help="of the sample shown, like 0k or 4k; default: --segments")
+    parser.add_argument("--length", type=length, help="of the sample shown, like 0k or 4k; default: --segments")
     parser.add_argument("--segments", type=number(int, 1), default=4, help="of the sample shown")
     parser.add_argument("--block_size", type=number(int, 1), default=64, help="tokens of a segment of the sample shown")
     args = parser.parse_args()
     try:
-        tasks, background = parse_tasks(args.tasks), args.background.split(",") if args.background else None
-        if args.length:
-            parse_length(args.length)
+        tasks = parse_tasks(args.tasks)
     except ValueError as e:
         parser.error(str(e))
     if not args.show or not Path(args.data_dir, "meta.json").exists():
+        background = args.background.split(",") if args.background else None
         meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed)
         print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
     if args.show:

@@ -73,7 +73,8 @@ class Reader:
         print(last, end="", flush=True)
         self.read(last)
         temperature = args.temperature if args.temperature is not None else 0.0 if question else 0.8
-        self.go_on(args.answer_tokens if question else args.max_new_tokens, temperature, args.top_k, "." if question else None)
+        length, stop = (args.answer_tokens, ".") if question else (args.max_new_tokens, None)
+        self.go_on(length, temperature, args.top_k, stop)
 
     def fingerprint(self):
         """A hash of the weights: a memory means something only to the model that wrote it."""
@@ -111,7 +112,8 @@ def get_parser():
     parser.add_argument("--interactive", action="store_true", help="read the lines that are typed, answer those that end in ?")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=100, help="how far a text is continued")
     parser.add_argument("--answer_tokens", type=number(int, 1), default=8, help="how long an answer can get")
-    parser.add_argument("--temperature", type=number(float, 0, 100), help="0: the likeliest token; default: 0 for a question, else 0.8")
+    parser.add_argument("--temperature", type=number(float, 0, 100),
+                        help="0: always the likeliest token; default: 0 for a question, else 0.8")
     parser.add_argument("--top_k", type=number(int, 0), default=50, help="sample from the k likeliest tokens; 0: from all")
     parser.add_argument("--memory_file", metavar="FILE", help="start from a memory saved earlier")
     parser.add_argument("--save_memory", metavar="FILE", help="save the memory at the end")

@@ -35,20 +35,9 @@ from prepare_babilong import number
 # -----------------------------------------------------------------------------
 # flags
 
-def numbers(text):
-    """An argparse type: '1,2,4' as [1, 2, 4], '' as []."""
-    return [number(int, 1)(part) for part in text.split(",") if text]
-
-
-def lengths(text):
-    """An argparse type: '0k,4k' as ['0k', '4k'], '' as []."""
-    parts = [part for part in text.split(",") if text]
-    for part in parts:
-        try:
-            babilong.parse_length(part)
-        except ValueError as e:
-            raise argparse.ArgumentTypeError(str(e)) from None
-    return parts
+def several(kind):
+    """An argparse type: what is separated by commas, each part of type `kind`, as a list."""
+    return lambda text: [kind(part) for part in text.split(",") if part]
 
 
 def get_parser():
@@ -66,8 +55,9 @@ def get_parser():
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on cuda")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_only", action="store_true", help="do not train: load out_dir and print the table")
-    g.add_argument("--eval_lengths", type=lengths, default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
-    g.add_argument("--eval_segments", type=numbers, default="1,2,4,8,16,32", metavar="1,2", help="rows of the table: segments")
+    g.add_argument("--eval_lengths", type=several(babilong.length), default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
+    g.add_argument("--eval_segments", type=several(positive), default="1,2,4,8,16,32", metavar="1,2",
+                   help="rows of the table: segments")
     g.add_argument("--eval_samples", type=positive, default=500, help="samples of a row")
     g.add_argument("--intervention", default="none", choices=("none", "reset", "swap"), help="before the last segment, reset the "
                    "memory or swap it between samples: what is then still right was not answered from memory")
@@ -97,22 +87,27 @@ def get_parser():
     g.add_argument("--batch_size", type=positive, default=64, help="segments per step: batch_size // S samples of S segments")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
     g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
-    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.01, help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
+    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.01,
+                   help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
     g.add_argument("--weight_decay", type=number(float, 0, 10), default=0.0, help="of matrices")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.9, help="AdamW's")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's")
     g.add_argument("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
     g.add_argument("--warmup_iters", type=count, default=50, help="steps until the learning rate is at its peak")
     g.add_argument("--decay_share", type=share, default=0.4, help="share of the steps, at the end, in which it falls to zero")
-    g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0, help="of the answers' loss, beside the language model's 1")
+    g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0,
+                   help="of the answers' loss, beside the language model's 1")
     g = parser.add_argument_group("curriculum")
-    g.add_argument("--curriculum", type=numbers, default="1,2,3,4,6,8,12,16", help="most segments of a sample, stage by stage")
+    g.add_argument("--curriculum", type=several(positive), default="1,2,3,4,6,8,12,16", help="most segments of a sample, stage by stage")
     g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
     g.add_argument("--bptt_segments", type=count, default=0, help="cut the gradient after so many segments; 0: never")
     return parser
 
 
-KEPT = ("data", "model", "optimization", "curriculum")  # groups of flags that a checkpoint remembers
+def kept_flags():
+    """The names of the flags that a checkpoint remembers."""
+    groups = ("data", "model", "optimization", "curriculum")
+    return [action.dest for group in get_parser()._action_groups if group.title in groups for action in group._group_actions]
 
 
 def parse_args(argv=None):
@@ -136,8 +131,8 @@ def parse_args(argv=None):
             raise ValueError("--curriculum must name at least one number of segments")
         share = args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
         if not args.eval_only and args.batch_size < max(args.curriculum) * share:
-            raise ValueError(f"--batch_size must be at least {max(args.curriculum) * share}: the curriculum's most segments, "
-                             f"times gradient_accumulation_steps, times processes")
+            raise ValueError(f"--batch_size must be at least {max(args.curriculum) * share}: the curriculum's most segments, times "
+                             "gradient_accumulation_steps, times processes")
         if args.intervention != "none" and (args.memory_slots == 0 or args.memory_type == "none" or args.eval_samples < 2):
             raise ValueError("--intervention needs a model with memory and --eval_samples of at least 2")
     except ValueError as e:
@@ -258,8 +253,9 @@ def print_table(rows):
     print("\ntask  length     tokens      n  accuracy  95% interval   outside (n)    earlier (n)")
     for r in rows:
         name = r["length"] or f"{r['segments']} seg."
-        parts = ["     -       " if r[f"accuracy_{k}"] is None else f"{r[f'accuracy_{k}']:6.1f} ({r[f'n_{k}']:4d})" for k in ("outside", "earlier")]
-        print(f"{r['task']:<5} {name:<8} {r['tokens']:>8} {r['n']:>6}  {r['accuracy']:>7.1f}  {r['low']:>5.1f} - {r['high']:>5.1f} {parts[0]:>14} {parts[1]:>14}")
+        parts = [f"{r[f'accuracy_{k}']:6.1f} ({r[f'n_{k}']:4d})" if r[f"n_{k}"] else "-       " for k in ("outside", "earlier")]
+        print(f"{r['task']:<5} {name:<8} {r['tokens']:>8} {r['n']:>6}  {r['accuracy']:>7.1f}  {r['low']:>5.1f} - {r['high']:>5.1f} "
+              f"{parts[0]:>14} {parts[1]:>14}")
     print("outside: no supporting fact lies in the last segment; earlier: the last fact of the story is not a supporting one")
 
 
@@ -331,7 +327,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         save_checkpoint(out, {
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "running": running,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
-            "args": {a.dest: getattr(args, a.dest) for g in get_parser()._action_groups if g.title in KEPT for a in g._group_actions},
+            "args": {name: getattr(args, name) for name in kept_flags()},
             "tokenizer": babilong.dump_ranks(training.encoding), "data": meta["hash"], "log_size": log.tell()})
 
     def report(**entry):
@@ -376,8 +372,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         losses, right = total(losses, right)
         accuracy = right / n_first
         if not math.isfinite(losses + norm):
-            sys.exit(f"train.py: error: loss {losses} or gradient norm {norm} at step {it} is not finite; lower the learning rates. "
-                     f"The last checkpoint is kept")
+            sys.exit(f"train.py: error: at step {it} the loss is {losses} and the gradient's norm {norm}: lower the learning rates. "
+                     "The last checkpoint is kept")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -395,17 +391,18 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             bar.update()
             if it % args.log_interval == 0:
                 seconds = time.perf_counter() - clock
-                report(loss=losses, accuracy=accuracy, segments=segments, stage=stage, running=running, lr=args.learning_rate * schedule,
-                       norm=norm, ms=1000 * seconds / args.log_interval, tokens_per_second=seen / seconds)
-                bar.write(f"step {it:5d} | segments {segments:2d} of {stages[stage]:2d} | loss {losses:6.3f} | answers {100 * accuracy:5.1f} % | "
-                          f"lr {args.learning_rate * schedule:.1e} | norm {norm:5.2f} | {1000 * seconds / args.log_interval:5.0f} ms | {seen / seconds:6.0f} tok/s")
+                lr, ms, speed = args.learning_rate * schedule, 1000 * seconds / args.log_interval, seen / seconds
+                report(loss=losses, accuracy=accuracy, segments=segments, stage=stage, running=running, lr=lr, norm=norm, ms=ms,
+                       tokens_per_second=speed)
+                bar.write(f"step {it:5d} | segments {segments:2d} of {stages[stage]:2d} | loss {losses:6.3f} | "
+                          f"answers {100 * accuracy:5.1f} % | lr {lr:.1e} | norm {norm:5.2f} | {ms:5.0f} ms | {speed:6.0f} tok/s")
                 clock, seen = time.perf_counter(), 0
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             rows = [evaluate(model, held_out, task, meta["seed"], 100, rank=rank, world=world, segments=s)
                     for task in args.tasks for s in sorted({1, *args.curriculum})]
             if master:
                 report(eval=rows)
-                bar.write("step %5d: accuracy at " % it + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
+                bar.write(f"step {it:5d}: " + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
         if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
         if stop:
@@ -444,9 +441,9 @@ def main(args, checkpoint):
     if checkpoint:
         model, encoding = load_model(checkpoint, device)
         if babilong.dump_ranks(encoding) != babilong.dump_ranks(training.encoding):
-            raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name its --data_dir")
+            raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name the right one")
         if not args.eval_only and checkpoint["data"] != meta["hash"]:
-            raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir} (hash {meta['hash']}, not {checkpoint['data']})")
+            raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir}: its hash was {checkpoint['data']}")
     else:
         model = LM2(model_config(args, training.encoding.n_vocab)).to(device)
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
@@ -459,8 +456,9 @@ def main(args, checkpoint):
             if not checkpoint and (out / "ckpt.pt").exists():
                 os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
                 print(f"{out} holds an earlier run; its checkpoint is now {out}/ckpt.old.pt")
-            print(f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory), memory {model.config.memory_type} "
-                  f"with {model.config.memory_slots} slots, segments of {args.block_size} tokens, {device}, data {meta['hash']}")
+            c = model.config
+            print(f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory), memory {c.memory_type} "
+                  f"with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, data {meta['hash']}")
         if not train(args, checkpoint, model, (training, held_out), meta, device, amp, rank, world):
             if rank == 0:
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
@@ -474,8 +472,8 @@ def main(args, checkpoint):
         for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
             rows.append(evaluate(model, held_out, task, meta["seed"], args.eval_samples, args.intervention, rank, world, **size))
     if rank == 0:
-        config = {**vars(args), "parameters": model.num_params(), "iter_num": checkpoint["iter_num"] if args.eval_only else args.max_iters,
-                  "data_hash": held_out.digest()}
+        iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
+        config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": held_out.digest()}
         print_table(rows)
         path = args.results or Path(args.out_dir, "results.json")
         write_results(path, config, rows)
