@@ -586,6 +586,16 @@ def show(data, task, **which):
           f"{len(sample.facts)} facts; target: {sample.target}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, lists defaults under -h, and says what is wrong with a flag in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a finite float from low to high."""
     def parse(text):
@@ -618,8 +628,7 @@ def parse_tasks(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Writes the data, or shows a sample of it.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Writes the data, or shows a sample of it.")
     parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
     parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
     parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")

@@ -6,7 +6,6 @@ $ python sample.py --start=FILE:story.txt --save_memory=story.mem      # read a 
 $ python sample.py --memory_file=story.mem --start="Where is Mary?"    # ask tomorrow
 $ python sample.py --interactive                                       # read what is typed, answer lines that end in ?
 """
-import argparse
 import codecs
 import hashlib
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 import prepare_babilong as babilong
-from prepare_babilong import number
+from prepare_babilong import Parser, number
 from train import load_checkpoint, load_model, pick_device
 
 try:
@@ -104,8 +103,7 @@ class Reader:
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description="Reads a text with a trained model and continues it.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Reads a text with a trained model and continues it.")
     parser.add_argument("--out_dir", default="out", help="folder that train.py left")
     parser.add_argument("--start", default="Mary went to the office. John moved to the garden. Where is Mary?",
                         help="the text to read, or FILE:path; a question at its end is answered")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import prepare_babilong as babilong
 from model import LM2, LM2Config
-from prepare_babilong import number
+from prepare_babilong import Parser, number
 
 # -----------------------------------------------------------------------------
 # flags
@@ -41,8 +41,7 @@ def several(kind):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description="Trains LM2, or a baseline, and evaluates it.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Trains LM2, or a baseline, and evaluates it.")
     count, positive, share, switch = number(int, 0), number(int, 1), number(float, 0, 1), argparse.BooleanOptionalAction
     g = parser.add_argument_group("run")
     g.add_argument("--out_dir", default="out", help="folder for checkpoint, log and results")

@@ -287,7 +287,8 @@ def test_command_line_writes_and_shows(tmp_path, haystack, monkeypatch, capsys):
 def test_bad_flags_are_named_in_one_line(args, word, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         call(monkeypatch, *args)
-    assert e.value.code == 2 and word in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and word in line
 
 
 def test_nothing_is_half_written(tmp_path, haystack, monkeypatch):
