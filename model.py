@@ -29,9 +29,10 @@ say. This file's answer, and the one place where it had to decide:
     two slots, and a lookup can be learned at once.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
-  * Read projections. A bank read through W_Q, W_K, W_V that start at random has to learn from nothing what
-    self-attention has learned inside the segment. So each of them is the block's own matrix plus a difference that
-    starts at zero: a lookup learned inside the window works on the bank at once, and is then free to differ.
+  * Read projections. The read has W_Q, W_K, W_V of its own, as in the paper, written as the block's self-attention
+    matrices plus differences that start at zero: a lookup learned inside the window works on the bank at once, and
+    is then free to differ. The README has single runs with the differences kept at zero, and with matrices drawn
+    independently: with the recipe of train.py these learn about as fast.
 """
 import math
 from dataclasses import dataclass
