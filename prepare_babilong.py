@@ -265,8 +265,10 @@ def read_babi(path):
         if i == "1":
             stories.append([])
         support = tuple(map(int, (support or "").split()))
-        if not stories or int(i) != len(stories[-1]) + 1 or any(not 0 < s < int(i) for s in support):
-            raise ValueError(f"{path}, line {number}: line IDs must count from 1, and support must name earlier ones")
+        if not stories or int(i) != len(stories[-1]) + 1:
+            raise ValueError(f"{path}, line {number}: line IDs must count from 1")
+        if any(not 0 < s < int(i) or stories[-1][s - 1].answer for s in support):
+            raise ValueError(f"{path}, line {number}: support must name earlier statements")
         stories[-1].append(Line(text, answer, support))
     stories = [story for story in stories if any(line.answer for line in story)]
     if not stories:
@@ -373,13 +375,13 @@ def make_encoding(ranks):
     return tiktoken.Encoding("babilong", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def dump_ranks(encoding):
+def dump_tokenizer(encoding):
     """The tokens of an encoding as JSON, in the order of their ranks, each byte one character (Latin-1)."""
     return json.dumps([encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.n_vocab)], indent=0)
 
 
-def parse_ranks(text):
-    """The encoding that dump_ranks wrote. Raises ValueError for anything else."""
+def parse_tokenizer(text):
+    """The encoding that dump_tokenizer wrote. Raises ValueError for anything else."""
     try:
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(json.loads(text))}
     except (ValueError, AttributeError) as e:
@@ -537,7 +539,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
         else:
             stories = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
             files[f"eval/{task}.txt"] = format_babi(task, stories)
-    files["tokenizer.json"] = dump_ranks(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
+    files["tokenizer.json"] = dump_tokenizer(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
     digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
     meta = {"hash": digest, "tasks": ",".join(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
     files["meta.json"] = json.dumps(meta, indent=2) + "\n"
@@ -562,7 +564,7 @@ def load_data(data_dir, block_size):
     data_dir = Path(data_dir)
     try:
         meta = json.loads(read_text(data_dir / "meta.json"))
-        encoding = parse_ranks(read_text(data_dir / "tokenizer.json"))
+        encoding = parse_tokenizer(read_text(data_dir / "tokenizer.json"))
         splits = []
         for split in ("train", "eval"):
             sentences = read_text(data_dir / split / "background.txt").splitlines()

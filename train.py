@@ -179,7 +179,7 @@ def load_model(checkpoint, device):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"the checkpoint's model does not fit its config: {str(e).splitlines()[0]}") from None
-    return model.to(device), babilong.parse_ranks(checkpoint["tokenizer"])
+    return model.to(device), babilong.parse_tokenizer(checkpoint["tokenizer"])
 
 
 def pick_device(name):
@@ -327,7 +327,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "running": running,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
             "args": {name: getattr(args, name) for name in kept_flags()},
-            "tokenizer": babilong.dump_ranks(training.encoding), "data": meta["hash"], "log_size": log.tell()})
+            "tokenizer": babilong.dump_tokenizer(training.encoding), "data": meta["hash"], "log_size": log.tell()})
 
     def report(**entry):
         log.write(json.dumps({"iter": it, **entry}) + "\n")
@@ -439,7 +439,7 @@ def main(args, checkpoint):
     torch.manual_seed(args.seed)
     if checkpoint:
         model, encoding = load_model(checkpoint, device)
-        if babilong.dump_ranks(encoding) != babilong.dump_ranks(training.encoding):
+        if babilong.dump_tokenizer(encoding) != babilong.dump_tokenizer(training.encoding):
             raise ValueError(f"{args.data_dir} has another tokenizer than the checkpoint in {args.out_dir}: name the right one")
         if not args.eval_only and checkpoint["data"] != meta["hash"]:
             raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir}: its hash was {checkpoint['data']}")

@@ -45,13 +45,11 @@ def test_file_is_read_like_text(out_dir, tmp_path, capsys):
 
 
 def test_memory_is_carried_from_run_to_run(out_dir, tmp_path):
-    reader, encoding = (sample.Reader(*train.load_model(train.load_checkpoint(out_dir), "cpu")) for _ in range(2)), None
-    whole, half = reader
+    whole, half, later = (sample.Reader(*train.load_model(train.load_checkpoint(out_dir), "cpu")) for _ in range(3))
     for text in (STORY, "Sandra got the milk."):
         whole.read(text)
     half.read(STORY)
     half.save(tmp_path / "memory")
-    later = sample.Reader(*train.load_model(train.load_checkpoint(out_dir), "cpu"))
     later.load(tmp_path / "memory")
     later.read("Sandra got the milk.")
     assert torch.equal(whole.state[0], later.state[0]) and torch.equal(whole.state[1], later.state[1])
