@@ -200,12 +200,16 @@ class Memory(nn.Module):
         scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale  # (B, H, T, N)
         return scores >= scores.topk(self.top_k, dim=-1).values[..., -1:]
 
+    def gather(self, h, m):
+        """T rows become N: tokens h (B, T, C) and slots m (B, N, C) give one candidate row per slot, c (B, N, C)."""
+        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t
+        claim = self.salience(h).mT.masked_fill(self.outside, -math.inf).softmax(dim=-1)  # (B, N, T)
+        return claim.to(h.dtype) @ h
+
     def write(self, h, M):
         """h (B, T, C) of a full segment, M (B, N, C) float32 as the segment read it. Returns M_t+1 (B, N, C)."""
-        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t            T rows become N
-        claim = self.salience(h).mT.masked_fill(self.outside, -math.inf).softmax(dim=-1)  # (B, N, T)
-        c = claim.to(h.dtype) @ h  # (B, N, C)
         m = rms_norm(M).to(h.dtype)  # (B, N, C)
+        c = self.gather(h, m)  # (B, N, C)
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
         # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996

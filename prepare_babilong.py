@@ -452,6 +452,13 @@ class Babilong:
             at, budget = at + 1, budget - ends[-1]
         return sentences
 
+    def story(self, task, rng, dense=False, limit=math.inf):
+        """A story of up to `limit` lines that ends with a question, or with up to four if dense; None if it gets longer."""
+        if self.stories is None:
+            return simulate(task, rng, rng.randint(1, 5), rng.randint(0, 3) if dense else 0, limit)
+        story = rng.choice(self.stories[task])  # one of its questions, and what comes before it
+        return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
+
     def sample(self, task, seed, index, segments=None, length=None, dense=False, noise=True):
         """
         Sample `index` of `task`: of `segments` segments, or of a BABILong length such as "4k", rounded up to whole
@@ -461,11 +468,7 @@ class Babilong:
         rng = random.Random(f"{seed}/{task}/{segments}/{length}/{index}")
         limit = segments * self.block_size // 5 if segments else math.inf  # a line has five tokens or more
         for _ in range(10_000):
-            if self.stories is None:
-                story = simulate(task, rng, rng.randint(1, 5), rng.randint(0, 3) if dense else 0, limit)
-            else:  # one of the story's questions, and what comes before it
-                story = rng.choice(self.stories[task])
-                story = story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
+            story = self.story(task, rng, dense, limit)
             sample = self.compose(task, rng, story, segments, length, dense, noise) if story else None
             if sample:
                 return sample
@@ -514,6 +517,26 @@ class Babilong:
         answers += [(len(tokens) + a, len(tokens) + b) for a, b in spans]
         question, target, support = story[-1]
         return Sample(np.array(tokens + end), answers, answers[-1][0], question, target, facts, support)
+
+    def retrieve(self, sample, k):
+        """
+        A prompt of one segment instead of a sample's own: the k sentences that BM25 (k1 = 1.5, b = 0.75) ranks closest
+        to the question, as far as they fit, in text order, and the question; the text that it ends with stays room for
+        the answer. Returns tokens (T - room,).
+        """
+        question = self.encode(" " + sample.question)
+        sentences = split_sentences(self.encoding.decode(sample.tokens[: sample.prompt - len(question)]))
+        words = [re.findall(r"\w+", s.lower()) for s in sentences]
+        counts = np.array([[w.count(q) for q in set(re.findall(r"\w+", sample.question.lower()))] for w in words])
+        length, n = np.array([len(w) for w in words]), (counts > 0).sum(axis=0)
+        idf = np.log(1 + (len(words) - n + 0.5) / (n + 0.5))
+        scores = (idf * counts * 2.5 / (counts + (0.375 + 1.125 * length / length.mean())[:, None])).sum(axis=1)
+        pieces, room = {}, self.block_size - (len(sample.tokens) - sample.prompt) - len(question)
+        for i in sorted(range(len(words)), key=lambda i: (-scores[i], -i))[:k]:  # of equals the later one
+            piece = self.encoding.encode_ordinary(" " + sentences[i])
+            if len(piece) <= room:
+                pieces[i], room = piece, room - len(piece)
+        return np.array(list(chain(*(pieces[i] for i in sorted(pieces)))) + [self.newline] * room + list(question))
 
 
 # -----------------------------------------------------------------------------

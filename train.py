@@ -17,8 +17,10 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +59,19 @@ def get_parser():
     g.add_argument("--eval_lengths", type=several(babilong.length), default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
     g.add_argument("--eval_segments", type=several(positive), default="1,2,4,8,16,32", metavar="1,2",
                    help="rows of the table: segments")
-    g.add_argument("--eval_samples", type=positive, default=500, help="samples of a row")
+    g.add_argument("--eval_samples", type=positive, default=500, help="samples of each task and row; a tenth beyond 8k")
     g.add_argument("--intervention", default="none", choices=("none", "reset", "swap"), help="before the last segment, reset the "
                    "memory or swap it between samples: what is then still right was not answered from memory")
+    g.add_argument("--retrieve", type=count, default=0, metavar="K", help="instead of the text, give the K sentences that BM25 ranks "
+                   "closest to the question; 0: the text")
     g.add_argument("--results", metavar="FILE", help="where the table goes as JSON; default: out_dir/results.json")
     g.add_argument("--babi_dir", help="evaluate on the bAbI files of this folder instead of data_dir's stories")
     g.add_argument("--background", help="evaluate in these text files or folders, by commas, instead of data_dir's haystack")
     g = parser.add_argument_group("data")
     g.add_argument("--data_dir", default="data/babilong", help="folder of prepare_babilong.py; written with its defaults if missing")
     g.add_argument("--tasks", default="qa1", help="bAbI tasks, like qa1,qa2, or all")
+    g.add_argument("--data_block_size", type=count, default=0,
+                   help="tokens of a segment in curriculum and table, for a window (block_size) of several; 0: block_size")
     g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of weights and training samples")
     g = parser.add_argument_group("model")
     g.add_argument("--block_size", type=positive, default=64, help="tokens of a segment, all that self-attention sees")
@@ -99,6 +105,7 @@ def get_parser():
     g = parser.add_argument_group("curriculum")
     g.add_argument("--curriculum", type=several(positive), default="1,2,3,4,6,8,12,16", help="most segments of a sample, stage by stage")
     g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
+    g.add_argument("--stage_iters", type=count, default=0, help="steps that end a stage at the latest; 0: no limit")
     g.add_argument("--bptt_segments", type=count, default=0, help="cut the gradient after so many segments; 0: never")
     return parser
 
@@ -134,6 +141,8 @@ def parse_args(argv=None):
                              "gradient_accumulation_steps, times processes")
         if args.intervention != "none" and (args.memory_slots == 0 or args.memory_type == "none" or args.eval_samples < 2):
             raise ValueError("--intervention needs a model with memory and --eval_samples of at least 2")
+        if args.intervention != "none" and args.retrieve:
+            raise ValueError("--intervention and --retrieve do not go together: what is retrieved fits one segment")
     except ValueError as e:
         parser.error(str(e))
     return args, checkpoint
@@ -196,7 +205,7 @@ def pick_device(name):
 # -----------------------------------------------------------------------------
 # evaluation
 
-def evaluate(model, data, task, seed, n, intervention="none", rank=0, world=1, **size):
+def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0, world=1, **size):
     """
     Answers n evaluation samples of `task`, greedily, and scores them. size: segments=4 or length="4k". Each of
     `world` processes takes every world-th sample. Returns the row for results.json.
@@ -206,12 +215,14 @@ def evaluate(model, data, task, seed, n, intervention="none", rank=0, world=1, *
     tokens = len(data.sample(task, seed, 0, **size).tokens)
     chunks = max(1, len(share) * tokens // 2**17)  # of 128k tokens, to bound the memory that a long row takes
     for chunk in np.array_split(share, chunks):
-        groups = {}  # only samples of one length share a batch
+        groups = {}  # only prompts of one length share a batch
         for i in chunk:
             sample = data.sample(task, seed, int(i), **size)
-            groups.setdefault(sample.prompt, []).append(sample)
-        for prompt, samples in groups.items():
-            idx = torch.from_numpy(np.stack([s.tokens[:prompt] for s in samples])).to(device)
+            prompt = data.retrieve(sample, retrieve) if retrieve else sample.tokens[: sample.prompt]
+            groups.setdefault(len(prompt), []).append((sample, prompt))
+        for group in groups.values():
+            samples, prompts = zip(*group)
+            idx = torch.from_numpy(np.stack(prompts)).to(device)
             _, state = model.generate(idx, 0)
             if intervention == "reset":
                 state = model.initial_memory(len(samples)), state[1]
@@ -230,37 +241,83 @@ def evaluate(model, data, task, seed, n, intervention="none", rank=0, world=1, *
         rows = sum(gathered, [])
     right, outside, earlier, tokens = np.array(rows).T
     row = {"task": task, "length": size.get("length"), "segments": size.get("segments"), "tokens": round(float(tokens.mean())),
-           "intervention": intervention, "n": len(rows), "correct": int(right.sum()), "accuracy": percent(right)}
-    row["low"], row["high"] = wilson(row["correct"], len(rows))
-    for name, which in (("outside", outside == 1), ("earlier", earlier == 1)):
-        row[f"n_{name}"], row[f"accuracy_{name}"] = int(which.sum()), percent(right[which])
+           "intervention": intervention, "retrieve": retrieve}
+    for kind, which in (("", right >= 0), ("_outside", outside == 1), ("_earlier", earlier == 1)):
+        correct, of = int(right[which].sum()), int(which.sum())
+        low, high = wilson(correct, of)
+        values = {"n": of, "correct": correct, "accuracy": round(100 * correct / of, 1) if of else None, "low": low, "high": high}
+        row.update((name + kind, value) for name, value in values.items())
     return row
 
 
-def percent(right):
-    return round(100 * float(right.mean()), 1) if len(right) else None
-
-
 def wilson(correct, n, z=1.96):
-    """95 % interval of a proportion, in percent."""
-    p, d = correct / n, 1 + z * z / n
-    centre, half = (p + z * z / 2 / n) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    """95 % interval of a proportion, in percent; all there is if n = 0."""
+    p, d = correct / max(1, n), n + z * z
+    centre, half = (n * p + z * z / 2) / d, z / d * math.sqrt(n * p * (1 - p) + z * z / 4)
     return round(100 * max(0, centre - half), 1), round(100 * min(1, centre + half), 1)
 
 
-def print_table(rows):
-    print("\ntask  length     tokens      n  accuracy  95% interval   outside (n)    earlier (n)")
+def guess(training, data, task, n=2000):
+    """
+    The accuracies, in percent, of two that never read the story: one gives the commonest answer of `task`, the other the
+    commonest answer to the question's words. They learn from n training stories and are asked about n of data's.
+    """
+    rng, counts = random.Random(task), {}
+    learn, ask = ([source.story(task, rng)[-1] for _ in range(n)] for source in (training, data))
+    for line in learn:
+        for words in ("", line.text):
+            counts.setdefault(words, Counter())[line.answer] += 1
+    best = {words: counter.most_common(1)[0][0] for words, counter in counts.items()}
+    right = [[best[""] == line.answer, best.get(line.text, best[""]) == line.answer] for line in ask]
+    majority, question_only = (100 * np.mean(right, axis=0)).round(1).tolist()
+    return {"task": task, "majority": majority, "question_only": question_only}
+
+
+@torch.no_grad()
+def perplexity(model, data, segments):
+    """exp of the mean loss over the haystack's own text, cut into texts of so many segments; and how many tokens it has."""
+    size = segments * data.block_size
+    tokens = list(chain(*data.haystack))
+    tokens = torch.tensor(tokens[: len(tokens) // size * size], device=model.embed.weight.device).view(-1, size)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -1
+    losses = [model.unroll(i, t)[1].item() * len(i) for i, t in zip(tokens.split(16), targets.split(16))]
+    return {"perplexity": round(math.exp(sum(losses) / len(tokens)), 3), "tokens": tokens.numel()} if losses else None
+
+
+def average(rows, kind=""):
+    """Mean accuracy over rows of several tasks and its 95 % interval, from theirs (squared distances add up)."""
+    rows = [r for r in rows if r[f"n{kind}"]]
+    mean = sum(r[f"accuracy{kind}"] for r in rows) / max(1, len(rows))
+    low, high = (math.hypot(*(r[f"accuracy{kind}"] - r[end + kind] for r in rows)) / max(1, len(rows)) for end in ("low", "high"))
+    return mean, mean - low, mean + high
+
+
+def print_table(rows, guesses, fluency):
+    """The layout of the paper's Table 1: tasks across, lengths down, the average last."""
+    tasks, sizes = [g["task"] for g in guesses], {}
     for r in rows:
-        name = r["length"] or f"{r['segments']} seg."
-        parts = [f"{r[f'accuracy_{k}']:6.1f} ({r[f'n_{k}']:4d})" if r[f"n_{k}"] else "-       " for k in ("outside", "earlier")]
-        print(f"{r['task']:<5} {name:<8} {r['tokens']:>8} {r['n']:>6}  {r['accuracy']:>7.1f}  {r['low']:>5.1f} - {r['high']:>5.1f} "
-              f"{parts[0]:>14} {parts[1]:>14}")
-    print("outside: no supporting fact lies in the last segment; earlier: the last fact of the story is not a supporting one")
+        sizes.setdefault(r["length"] or f"{r['segments']} seg.", []).append(r)
+    print(f"\n{'accuracy in %':<15}{'tokens':>8} {'n':>6} " + "".join(f"{t:>7}" for t in tasks) + "  average  95% interval")
+    for name in ("majority", "question_only"):
+        values = [g[name] for g in guesses]
+        print(f"{name.replace('_', ' '):<31}" + "".join(f"{v:7.1f}" for v in values) + f"  {sum(values) / len(values):7.1f}")
+    for kind, title in (("", ""), ("_outside", "no fact that the answer rests on lies in the last segment:"),
+                        ("_earlier", "something else has happened since:")):
+        print(title, end="\n" * bool(title))
+        for name, row in sizes.items():
+            if any(r[f"n{kind}"] for r in row):
+                cells = ["-" if r[f"accuracy{kind}"] is None else f"{r[f'accuracy{kind}']:.1f}" for r in row]
+                mean, low, high = average(row, kind)
+                print(f"{name:<15}{round(np.mean([r['tokens'] for r in row])):8d} {sum(r[f'n{kind}'] for r in row):6d} "
+                      + "".join(f"{cell:>7}" for cell in cells) + f"  {mean:7.1f}  {low:5.1f} - {high:5.1f}")
+    if fluency:
+        print(f"perplexity of the haystack's own text: {fluency['perplexity']} ({fluency['tokens']} tokens)")
 
 
-def write_results(path, config, rows):
+def write_results(path, results):
     with open(f"{path}.tmp", "w") as f:
-        json.dump({"config": config, "results": rows}, f, indent=1)
+        json.dump(results, f, indent=1)
     os.replace(f"{path}.tmp", path)
 
 
@@ -304,11 +361,11 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     optimizers = model.configure_optimizers(args.weight_decay, args.learning_rate, (args.beta1, args.beta2), args.muon_lr)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     # the curriculum: stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments
-    stages, stage, running, it = [1] + args.curriculum, 0, 0.0, 0
+    stages, stage, began, running, it = [1] + args.curriculum, 0, 0, 0.0, 0
     if checkpoint:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-        stage, running, it = checkpoint["stage"], checkpoint["running"], checkpoint["iter_num"]
+        stage, began, running, it = (checkpoint[name] for name in ("stage", "began", "running", "iter_num"))
         torch.set_rng_state(checkpoint["rng"])
     log = None
     if master:
@@ -324,8 +381,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     def save():
         log.flush()
         save_checkpoint(out, {
-            "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "running": running,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
+            "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "began": began,
+            "running": running, "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
             "args": {name: getattr(args, name) for name in kept_flags()},
             "tokenizer": babilong.dump_tokenizer(training.encoding), "data": meta["hash"], "log_size": log.tell()})
 
@@ -381,8 +438,9 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
 
         if segments == most and (noise or stage == 0):
             running += 0.05 * (accuracy - running)
-        if running > args.stage_accuracy and stage < len(stages) - 1:
-            stage, running = stage + 1, 0.0
+        late = args.stage_iters and it - began >= args.stage_iters
+        if (running > args.stage_accuracy or late) and stage < len(stages) - 1:
+            stage, began, running = stage + 1, it, 0.0
             if master:
                 bar.write(f"step {it:5d}: stage {stage} of {len(stages) - 1}, samples of up to {stages[stage]} segments")
         stop = total(len(stopped))[0] > 0
@@ -430,7 +488,7 @@ def main(args, checkpoint):
         babilong.write_data(args.data_dir)
     if world > 1:
         dist.barrier()
-    training, held_out, meta = babilong.load_data(args.data_dir, args.block_size)
+    training, held_out, meta = babilong.load_data(args.data_dir, args.data_block_size or args.block_size)
     # before the training, so that a mistake in them shows at once
     stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
     sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
@@ -464,18 +522,20 @@ def main(args, checkpoint):
             return 130
 
     if args.babi_dir or args.background:
-        held_out = babilong.Babilong(training.encoding, stories, sentences, args.block_size)
+        held_out = babilong.Babilong(training.encoding, stories, sentences, training.block_size)
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
-    rows = []
+    long, rows = babilong.parse_length("8k"), []
     for task in args.tasks:
         for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
-            rows.append(evaluate(model, held_out, task, meta["seed"], args.eval_samples, args.intervention, rank, world, **size))
+            n = args.eval_samples if babilong.parse_length(size.get("length", "0k")) <= long else -(-args.eval_samples // 10)
+            rows.append(evaluate(model, held_out, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, **size))
     if rank == 0:
         iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
         config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": held_out.digest()}
-        print_table(rows)
+        guesses, fluency = [guess(training, held_out, task) for task in args.tasks], perplexity(model, held_out, max(args.curriculum))
+        print_table(rows, guesses, fluency)
         path = args.results or Path(args.out_dir, "results.json")
-        write_results(path, config, rows)
+        write_results(path, {"config": config, "results": rows, "guesses": guesses, "perplexity": fluency})
         print(f"written to {path}")
     if world > 1:
         dist.destroy_process_group()

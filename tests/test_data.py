@@ -404,3 +404,17 @@ def test_position_does_not_tell_the_answer(data):
     ("qa5", "Who gave the milk to Fred?", "Mary", " Mary gave it to Fred.", True), ("qa10", "Is Bill in the park?", "maybe", " Maybe.", True)])
 def test_scoring(task, question, target, output, right):
     assert babilong.score(task, question, target, output) == right
+
+
+def test_retrieval_keeps_the_closest_sentences_in_text_order(data):
+    sample = data.sample("qa1", 0, 3, segments=8)
+    for k in (1, 3, 100):
+        prompt = data.retrieve(sample, k)
+        assert len(prompt) == data.block_size - data.room["qa1"]
+        text = data.encoding.decode(prompt)
+        person = sample.question[9:-1]
+        assert text.endswith(" " + sample.question)
+        found = [s.strip() for s in babilong.split_sentences(text.replace(sample.question, ""))]
+        facts = [data.encoding.decode(sample.tokens[a:b]).strip() for a, b in sample.facts.values()]
+        named = [s for s in facts if s.startswith(person)]
+        assert len(found) <= k and [s for s in found if s in named] == named[-k:]

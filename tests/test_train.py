@@ -72,8 +72,12 @@ def test_a_run_leaves_checkpoint_log_and_results(memory_type, data_dir, tmp_path
         ("qa1", "0k", None), ("qa1", None, 3), ("qa6", "0k", None), ("qa6", None, 3)]
     for r in results["results"]:
         assert r["n"] == 10 and r["low"] <= r["accuracy"] == 10 * r["correct"] <= r["high"]
+    assert 1 < results["perplexity"]["perplexity"] < 10_000 and results["perplexity"]["tokens"] % 64 == 0
+    assert [g["task"] for g in results["guesses"]] == ["qa1", "qa6"]
     printed = capsys.readouterr().out
-    assert "95% interval" in printed and len(re.findall(r"^qa[16] ", printed, re.M)) == 4
+    assert re.search(r"^accuracy in % .* qa1 +qa6 +average +95% interval$", printed, re.M) and "perplexity" in printed
+    mean = sum(r["accuracy"] for r in results["results"] if r["segments"] == 3) / 2
+    assert re.search(rf"^3 seg\. +96 +20 .* {mean:.1f} +[\d.]+ - +[\d.]+$", printed, re.M)
     assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "log.jsonl", "results.json"}
 
 
@@ -219,6 +223,78 @@ def test_evaluation_scores_a_perfect_reader_and_a_window_reader(data):
     assert train.evaluate(Oracle(data), data, "qa1", 0, 30, length="0k")["accuracy"] == 100
 
 
+def test_retrieval_gives_a_window_reader_what_the_question_names(data):
+    """qa1's facts name the person asked about, and the haystack does not: one segment of retrieved text is enough."""
+    row = train.evaluate(Oracle(data, window=1), data, "qa1", 0, 60, retrieve=4, segments=6)
+    assert row["accuracy_outside"] > 90 and row["retrieve"] == 4 and row["tokens"] == 192
+    assert train.evaluate(Oracle(data, window=1), data, "qa1", 0, 60, retrieve=1, segments=6)["accuracy"] < row["accuracy"]
+
+
+def test_guessing_without_the_story(data_dir):
+    """What is known of the tasks: six places alike in qa1, as often yes as no in qa6, qa9's questions rest on a "no" more often."""
+    training, held_out, _ = babilong.load_data(data_dir, 32)
+    held_out = babilong.Babilong(held_out.encoding, None, held_out.sentences, 32)  # simulated: more than the folder's 40 stories
+    rates = {task: train.guess(training, held_out, task) for task in ("qa1", "qa5", "qa6", "qa9")}
+    for task, low, high in (("qa1", 13, 21), ("qa6", 46, 54), ("qa9", 60, 68)):
+        assert low < rates[task]["majority"] < high and low < rates[task]["question_only"] < high
+    assert rates["qa5"]["question_only"] > rates["qa5"]["majority"] + 5  # "Who" and "What" ask for different answers
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(data):
+    model = train.LM2(train.LM2Config(block_size=32, vocab_size=data.encoding.n_vocab, n_layer=1, n_head=2, n_embd=16, tie_embeddings=False))
+    found = train.perplexity(model, data, 2)  # the head starts at zero
+    assert found["perplexity"] == pytest.approx(data.encoding.n_vocab, rel=1e-4)
+    assert found["tokens"] == sum(map(len, data.haystack)) // 64 * 64
+
+
+def test_average_over_tasks():
+    rows = [{"n": 100, "accuracy": 50.0, "low": 40.4, "high": 59.6}, {"n": 100, "accuracy": 90.0, "low": 82.6, "high": 94.5}, {"n": 0}]
+    mean, low, high = train.average(rows)
+    assert mean == 70 and low == pytest.approx(70 - (9.6**2 + 7.4**2) ** 0.5 / 2) and high == pytest.approx(70 + (9.6**2 + 4.5**2) ** 0.5 / 2)
+    assert train.average(rows[:1])[1:] == pytest.approx((40.4, 59.6))
+
+
+def test_a_stage_ends_at_its_limit(data_dir, tmp_path):
+    run(*flags(data_dir, tmp_path, stage_accuracy=1.0, stage_iters=3))
+    assert [row["stage"] for row in log(tmp_path)] == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_window_of_several_segments(data_dir, tmp_path):
+    """The whole text in one window, counted in the segments of the others."""
+    run(*flags(data_dir, tmp_path, memory_type="none", block_size=64, data_block_size=32, eval_segments="1,2,3"))
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["tokens"] for r in rows] == [32, 64, 96] and [r["n_outside"] > 0 for r in rows] == [False, True, True]
+
+
+@pytest.mark.parametrize("rule", ["shared", "independent", "mean", "queries", "routed"])
+def test_other_rules_train(rule, data_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "variants.py"), rule] + flags(data_dir, tmp_path, max_iters=4)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["rule"] == rule
+
+
+def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path):
+    for name, seed, kind in (("a1", 1, "lm2"), ("a2", 2, "lm2"), ("b", 1, "none")):
+        run(*flags(data_dir, tmp_path / name, seed=seed, memory_type=kind, max_iters=4, stage_accuracy=1.0, stage_iters=1))
+    files = [str(tmp_path / name / "results.json") for name in ("a1", "a2", "b")]
+
+    def compare(*args):
+        done = subprocess.run([sys.executable, str(ROOT / "tests" / "compare.py"), *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, table, _ = compare(*files)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert code == 0 and rows[0] == ["accuracy in %", "a1/results", "b/results"] and rows[-1] == ["seeds", "1, 2", "1"]
+    values = [json.loads(Path(f).read_text())["results"][1]["accuracy"] for f in files]
+    assert rows[3] == ["2 seg.", f"{(values[0] + values[1]) / 2:.1f} ({min(values[:2]):.1f}–{max(values[:2]):.1f})", f"{values[2]:.1f}"]
+    code, curve, _ = compare("--curve", *files)
+    assert code == 0 and curve.splitlines()[2:4] == ["| 1 | 1 (1–1) | 1 |", "| 2 | 2 (2–2) | 2 |"]
+    (tmp_path / "bad.json").write_text("[]")
+    code, _, err = compare(str(tmp_path / "bad.json"))
+    assert code == 1 and len(err.splitlines()) == 1 and "bad.json is not a results.json" in err
+
+
 def test_interventions_change_the_memory_and_nothing_else(data):
     for intervention, memories in (("none", [1, 2, 3, 4]), ("reset", [0, 0, 0, 0]), ("swap", [4, 1, 2, 3])):
         oracle = Oracle(data)
@@ -241,7 +317,7 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
 
 
 def test_wilson_interval():
-    assert train.wilson(0, 10) == (0.0, 27.8) and train.wilson(10, 10) == (72.2, 100.0) and train.wilson(50, 100) == (40.4, 59.6)
+    assert train.wilson(0, 0) == (0.0, 100.0) and train.wilson(0, 10) == (0.0, 27.8) and train.wilson(10, 10) == (72.2, 100.0) and train.wilson(50, 100) == (40.4, 59.6)
 
 
 # ----------------------------------------------------------------------------- what cannot work
@@ -251,7 +327,8 @@ def test_wilson_interval():
     ("--beta2=1.5", "from 0"), ("--memory_slots=-1", "--memory_slots"), ("--memory_type=lstm", "--memory_type"), ("--n_lay=3", "--n_lay"),
     ("--tasks=qa11", "--tasks"), ("--curriculum=1,x", "--curriculum"), ("--curriculum=", "--curriculum"), ("--eval_lengths=4", "--eval_lengths"),
     ("--n_head=5", "n_head"), ("--n_kv_head=3", "n_kv_head"), ("--memory_top_k=99", "memory_top_k"), ("--batch_size=4", "--batch_size"),
-    ("--seed=1e3", "--seed"), ("--intervention=reset --memory_slots=0", "--intervention"), ("--n_memory_layers=4", "n_memory_layers"),
+    ("--seed=1e3", "--seed"), ("--intervention=reset --memory_slots=0", "--intervention"),
+    ("--intervention=swap --retrieve=3", "do not go together"), ("--retrieve=-1", "--retrieve"), ("--stage_iters=x", "--stage_iters"), ("--n_memory_layers=4", "n_memory_layers"),
     ("--eval_only --out_dir=nowhere", "no checkpoint nowhere/ckpt.pt"), ("--init_from=resume --out_dir=nowhere", "no checkpoint")])
 def test_bad_flags_are_named_in_one_line(flag, word, capsys):
     with pytest.raises(SystemExit) as e:

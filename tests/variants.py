@@ -1,13 +1,18 @@
 """
-The main job with another way to read the memory: the evidence for the default. Takes train.py's flags after the variant.
+The main job with another rule for writing or reading the memory: the evidence for the default. Takes train.py's flags after
+the rule's name.
 
-$ python tests/variants.py shared --out_dir=out-shared              # W_Q, W_K, W_V of the block's self-attention, no others
-$ python tests/variants.py independent --out_dir=out-independent    # W_Q, W_K, W_V of its own, drawn independently
+$ python tests/variants.py shared --out_dir=out-shared      # reads with W_Q, W_K, W_V of the block's self-attention alone
+$ python tests/variants.py independent                      # reads with W_Q, W_K, W_V of its own, drawn independently
+$ python tests/variants.py mean                             # writes the plain mean of a chunk (the released code's pooling)
+$ python tests/variants.py queries                          # writes what the slots ask for: attention over the segment
+$ python tests/variants.py routed                           # writes tokens into the slots that they attend to
 """
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,6 +33,8 @@ class SharedRead(model.Memory):
 class IndependentRead(model.Memory):
     """What is a difference in the default is the whole matrix here."""
 
+    drawn = ("d_q", "d_k", "d_v")
+
     def read(self, h, hq, M, attn):
         m = model.rms_norm(M).to(h.dtype)  # (B, N, C)
         q, k, v = self.d_q(h), self.d_k(m), self.d_v(m)
@@ -36,23 +43,70 @@ class IndependentRead(model.Memory):
         E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
         return torch.sigmoid(self.w_out(E_mem)) * E_mem
 
+
+class MeanWrite(model.Memory):
+    """The salience stays at zero: every token of a chunk counts the same."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.salience.requires_grad_(False)
+
+
+class Addressed(model.Memory):
+    """Slots and tokens find each other by content, with matrices of their own, instead of by chunk."""
+
+    drawn = ("w_slot", "w_token")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.w_slot, self.w_token = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(2))
+
+    def gather(self, h, m):
+        slot, token = (model.rms_norm(w(x).float()) for w, x in ((self.w_slot, m), (self.w_token, h)))
+        claim = self.share(2 * slot.size(-1) ** -0.5 * slot @ token.mT)  # (B, N, T)
+        return claim.to(h.dtype) @ h
+
+
+class SlotsAsQueries(Addressed):
+    """As in the relational memory core: each slot attends over the tokens."""
+
     @staticmethod
+    def share(scores):
+        return scores.softmax(dim=2)
+
+
+class RoutedWrite(Addressed):
+    """Each token attends over the slots; a slot takes the mean of what is sent to it."""
+
+    @staticmethod
+    def share(scores):
+        sent = scores.softmax(dim=1)
+        return sent / sent.sum(dim=2, keepdim=True)
+
+
+RULES = {"shared": SharedRead, "independent": IndependentRead, "mean": MeanWrite, "queries": SlotsAsQueries, "routed": RoutedWrite}
+
+
+def use(rule):
+    """Makes model.LM2 build its memories as `rule` says."""
+    model.Memory, plain = RULES[rule], model.LM2.init_weights
+
     @torch.no_grad()
-    def init(lm2):
+    def init_weights(lm2):
+        plain(lm2)
         generator = torch.Generator().manual_seed(torch.initial_seed() + 1)
         for block in lm2.blocks:
-            for linear in (block.memory.d_q, block.memory.d_k, block.memory.d_v):
-                linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * linear.in_features**-0.5)
+            for name in getattr(block.memory, "drawn", ()):
+                weight = getattr(block.memory, name).weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.size(1) ** -0.5)
 
-
-def use(variant):
-    """Makes model.LM2 build its memories as `variant` says."""
-    model.Memory = {"shared": SharedRead, "independent": IndependentRead}[variant]
-    if variant == "independent":
-        plain = model.LM2.init_weights
-        model.LM2.init_weights = lambda self: (plain(self), IndependentRead.init(self))
+    model.LM2.init_weights = init_weights
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in RULES:
+        sys.exit(f"variants.py: error: the first argument names a rule: {', '.join(RULES)}")
     use(sys.argv[1])
-    sys.exit(train.main(*train.parse_args(sys.argv[2:])))
+    args, checkpoint = train.parse_args(sys.argv[2:])
+    args.rule = sys.argv[1]  # for results.json
+    sys.exit(train.main(args, checkpoint))
