@@ -213,8 +213,8 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0
     device, rows = model.embed.weight.device, []
     share = range(rank, n, world)
     tokens = len(data.sample(task, seed, 0, **size).tokens)
-    chunks = max(1, len(share) * tokens // 2**17)  # of 128k tokens, to bound the memory that a long row takes
-    for chunk in np.array_split(share, chunks):
+    most = max(1, min(2**15 // data.block_size, 2**25 // tokens))  # at once: bounds what a segment, and all texts, take
+    for chunk in np.array_split(share, max(1, -(-len(share) // most))):
         groups = {}  # only prompts of one length share a batch
         for i in chunk:
             sample = data.sample(task, seed, int(i), **size)
