@@ -23,7 +23,8 @@ say. This file's answer, and the one place where it had to decide:
   * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
     the segment is full. So no token can see a later one, whatever T and N are.
   * Rows. The segment is cut into N chunks of consecutive tokens. Slot i gathers chunk i, weighted by a learned
-    salience, into one candidate row; then (4)-(6) apply row by row, the gates seeing candidate and old slot.
+    salience that may also say "nothing here", into one candidate row; then (4)-(6) apply row by row, the gates
+    seeing candidate and old slot.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in the same slot, where
     two facts are averaged before anything has learned to tell them apart. By position, two sentences start in
     two slots, and a lookup can be learned at once.
@@ -202,9 +203,9 @@ class Memory(nn.Module):
 
     def gather(self, h, m):
         """T rows become N: tokens h (B, T, C) and slots m (B, N, C) give one candidate row per slot, c (B, N, C)."""
-        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t
-        claim = self.salience(h).mT.masked_fill(self.outside, -math.inf).softmax(dim=-1)  # (B, N, T)
-        return claim.to(h.dtype) @ h
+        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t; a last logit, 0, stands for "nothing here"
+        claim = F.pad(self.salience(h).mT.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
+        return claim[..., :-1].to(h.dtype) @ h
 
     def write(self, h, M):
         """h (B, T, C) of a full segment, M (B, N, C) float32 as the segment read it. Returns M_t+1 (B, N, C)."""
@@ -283,7 +284,7 @@ class LM2(nn.Module):
         for memory in (block.memory for block in self.blocks if block.memory is not None):
             for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
                 normal(linear.weight, linear.in_features**-0.5)
-            for linear in (memory.d_q, memory.d_k, memory.d_v, memory.salience):  # salience: a plain mean at first
+            for linear in (memory.d_q, memory.d_k, memory.d_v, memory.salience):  # salience: all tokens alike
                 linear.weight.zero_()
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.w_out.bias.zero_()

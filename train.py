@@ -437,7 +437,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         seen += batch[0].numel() * world
 
         if segments == most and (noise or stage == 0):
-            running += 0.05 * (accuracy - running)
+            running += 0.1 * (accuracy - running)
         late = args.stage_iters and it - began >= args.stage_iters
         if (running > args.stage_accuracy or late) and stage < len(stages) - 1:
             stage, began, running = stage + 1, it, 0.0

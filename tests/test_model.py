@@ -73,7 +73,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
             chunk = list(range(i * T // N, max(i * T // N + 1, (i + 1) * T // N)))
             covered.update(chunk)
             e = [math.exp((w.salience.weight[0] @ h[b, t]).item()) for t in chunk]
-            c = sum(x / sum(e) * h[b, t] for x, t in zip(e, chunk))
+            c = sum(x / (1 + sum(e)) * h[b, t] for x, t in zip(e, chunk))
             m = rms(M[b, i])
             g_in = torch.sigmoid(w.w_in.weight @ c + w.w_in.bias + w.u_in.weight @ m)
             g_forget = torch.sigmoid(w.w_forget.weight @ c + w.w_forget.bias + w.u_forget.weight @ m)

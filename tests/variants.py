@@ -4,7 +4,8 @@ the rule's name.
 
 $ python tests/variants.py shared --out_dir=out-shared      # reads with W_Q, W_K, W_V of the block's self-attention alone
 $ python tests/variants.py independent                      # reads with W_Q, W_K, W_V of its own, drawn independently
-$ python tests/variants.py mean                             # writes the plain mean of a chunk (the released code's pooling)
+$ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
+$ python tests/variants.py mean                             # writes the plain mean of every chunk (the released code's pooling)
 $ python tests/variants.py queries                          # writes what the slots ask for: attention over the segment
 $ python tests/variants.py routed                           # writes tokens into the slots that they attend to
 """
@@ -44,7 +45,15 @@ class IndependentRead(model.Memory):
         return torch.sigmoid(self.w_out(E_mem)) * E_mem
 
 
-class MeanWrite(model.Memory):
+class AlwaysWrite(model.Memory):
+    """The tokens of a chunk share the whole weight, whatever they are."""
+
+    def gather(self, h, m):
+        claim = self.salience(h).mT.masked_fill(self.outside, -torch.inf).softmax(dim=-1)  # (B, N, T)
+        return claim.to(h.dtype) @ h
+
+
+class MeanWrite(AlwaysWrite):
     """The salience stays at zero: every token of a chunk counts the same."""
 
     def __init__(self, config):
@@ -84,7 +93,8 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "mean": MeanWrite, "queries": SlotsAsQueries, "routed": RoutedWrite}
+RULES = {"shared": SharedRead, "independent": IndependentRead, "always": AlwaysWrite, "mean": MeanWrite,
+         "queries": SlotsAsQueries, "routed": RoutedWrite}
 
 
 def use(rule):
