@@ -158,6 +158,9 @@ class MLP(nn.Module):
 class Memory(nn.Module):
     """The memory of one block: how its tokens read the bank M (B, N, C), and how a segment writes it."""
 
+    # a slot that takes a little of every chunk without a fact soon holds nothing else: with 8, it learns early to take nothing
+    sharpness = 8
+
     def __init__(self, config):
         super().__init__()
         C, N, T = config.n_embd, config.memory_slots, config.block_size
@@ -167,7 +170,7 @@ class Memory(nn.Module):
         self.d_k = nn.Linear(C, kv, bias=False)  # differ by from the self-attention's;
         self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
         self.w_out = nn.Linear(C, C)  # W_out, b_out
-        self.salience = nn.Linear(C, 1, bias=False)  # how much of its chunk's slot a token claims
+        self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
@@ -203,8 +206,10 @@ class Memory(nn.Module):
 
     def gather(self, h, m):
         """T rows become N: tokens h (B, T, C) and slots m (B, N, C) give one candidate row per slot, c (B, N, C)."""
-        # c_i = sum over the tokens t of chunk i of softmax(h_t w_sal) h_t; a last logit, 0, stands for "nothing here"
-        claim = F.pad(self.salience(h).mT.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
+        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; a last logit, 0, stands for "nothing here"
+        logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
+        logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
+        claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
         return claim[..., :-1].to(h.dtype) @ h
 
     def write(self, h, M):
@@ -284,8 +289,8 @@ class LM2(nn.Module):
         for memory in (block.memory for block in self.blocks if block.memory is not None):
             for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
                 normal(linear.weight, linear.in_features**-0.5)
-            for linear in (memory.d_q, memory.d_k, memory.d_v, memory.salience):  # salience: all tokens alike
-                linear.weight.zero_()
+            for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):  # salience: all tokens alike
+                weight.zero_()
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.w_out.bias.zero_()
             memory.w_in.bias.zero_()
@@ -422,12 +427,12 @@ class LM2(nn.Module):
         A list of optimizers: one AdamW for everything or, if muon_lr > 0, torch.optim.Muon for the matrices inside
         the blocks and AdamW for the rest. Matrices decay; vectors (norms, biases, salience, shift) do not.
         """
-        matrices = [p for p in self.blocks.parameters() if p.dim() == 2 and min(p.shape) > 1]
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}
         rest = [p for p in self.parameters() if id(p) not in inside]
         groups = [
-            {"params": [p for p in rest if p.dim() >= 2 and min(p.shape) > 1], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() < 2 or min(p.shape) == 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.dim() == 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         if muon_lr:
             muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)

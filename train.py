@@ -88,7 +88,7 @@ def get_parser():
     g.add_argument("--qk_norm", action=switch, default=True, help="normalise queries and keys; Llama does not")
     g.add_argument("--token_shift", action=switch, default=True, help="mix in the token before; Llama does not")
     g = parser.add_argument_group("optimization")
-    g.add_argument("--max_iters", type=positive, default=2000, help="training steps")
+    g.add_argument("--max_iters", type=positive, default=1500, help="training steps")
     g.add_argument("--batch_size", type=positive, default=64, help="segments per step: batch_size // S samples of S segments")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
     g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
@@ -213,7 +213,7 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0
     device, rows = model.embed.weight.device, []
     share = range(rank, n, world)
     tokens = len(data.sample(task, seed, 0, **size).tokens)
-    most = max(1, min(2**15 // data.block_size, 2**25 // tokens))  # at once: bounds what a segment, and all texts, take
+    most = max(1, min(2**15 // model.config.block_size, 2**25 // tokens))  # at once: bounds what a segment, and all texts, take
     for chunk in np.array_split(share, max(1, -(-len(share) // most))):
         groups = {}  # only prompts of one length share a batch
         for i in chunk:
@@ -304,7 +304,8 @@ def print_table(rows, guesses, fluency):
         print(f"{name.replace('_', ' '):<31}" + "".join(f"{v:7.1f}" for v in values) + f"  {sum(values) / len(values):7.1f}")
     for kind, title in (("", ""), ("_outside", "no fact that the answer rests on lies in the last segment:"),
                         ("_earlier", "something else has happened since:")):
-        print(title, end="\n" * bool(title))
+        if title:
+            print(title)
         for name, row in sizes.items():
             if any(r[f"n{kind}"] for r in row):
                 cells = ["-" if r[f"accuracy{kind}"] is None else f"{r[f'accuracy{kind}']:.1f}" for r in row]

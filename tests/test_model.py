@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM2, LM2Config
+from model import LM2, LM2Config, Memory
 
 TYPES = ("lm2", "rmt", "none")
 
@@ -19,7 +19,7 @@ def make(seed=0, dtype=torch.float64, **kwargs):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "salience" in name or "bias" in name or name == "head.weight":
-                p.copy_(torch.randn_like(p))
+                p.copy_(torch.randn_like(p) / (Memory.sharpness if "salience" in name else 1))
             if ".d_" in name:
                 p.copy_(0.2 * torch.randn_like(p))
     return model.eval()
@@ -72,7 +72,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
         for i in range(N):
             chunk = list(range(i * T // N, max(i * T // N + 1, (i + 1) * T // N)))
             covered.update(chunk)
-            e = [math.exp((w.salience.weight[0] @ h[b, t]).item()) for t in chunk]
+            e = [math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk]
             c = sum(x / (1 + sum(e)) * h[b, t] for x, t in zip(e, chunk))
             m = rms(M[b, i])
             g_in = torch.sigmoid(w.w_in.weight @ c + w.w_in.bias + w.u_in.weight @ m)

@@ -191,7 +191,7 @@ class Oracle:
 
     def __init__(self, data, window=None):
         self.data, self.window = data, window
-        self.embed, self.seen = torch.nn.Embedding(1, 1), []
+        self.embed, self.config, self.seen = torch.nn.Embedding(1, 1), train.LM2Config(data.block_size), []
 
     def initial_memory(self, batch_size):
         return torch.zeros(1, batch_size, 1, 1)
@@ -266,7 +266,7 @@ def test_a_window_of_several_segments(data_dir, tmp_path):
     assert [r["tokens"] for r in rows] == [32, 64, 96] and [r["n_outside"] > 0 for r in rows] == [False, True, True]
 
 
-@pytest.mark.parametrize("rule", ["shared", "independent", "always", "mean", "queries", "routed"])
+@pytest.mark.parametrize("rule", ["shared", "independent", "always", "blunt", "mean", "queries", "routed"])
 def test_other_rules_train(rule, data_dir, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "variants.py"), rule] + flags(data_dir, tmp_path, max_iters=4)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -5,6 +5,7 @@ the rule's name.
 $ python tests/variants.py shared --out_dir=out-shared      # reads with W_Q, W_K, W_V of the block's self-attention alone
 $ python tests/variants.py independent                      # reads with W_Q, W_K, W_V of its own, drawn independently
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
+$ python tests/variants.py blunt                            # the salience without its factor of 8
 $ python tests/variants.py mean                             # writes the plain mean of every chunk (the released code's pooling)
 $ python tests/variants.py queries                          # writes what the slots ask for: attention over the segment
 $ python tests/variants.py routed                           # writes tokens into the slots that they attend to
@@ -49,8 +50,15 @@ class AlwaysWrite(model.Memory):
     """The tokens of a chunk share the whole weight, whatever they are."""
 
     def gather(self, h, m):
-        claim = self.salience(h).mT.masked_fill(self.outside, -torch.inf).softmax(dim=-1)  # (B, N, T)
+        logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
+        claim = logits[:, None].masked_fill(self.outside, -torch.inf).softmax(dim=-1)  # (B, N, T)
         return claim.to(h.dtype) @ h
+
+
+class BluntWrite(model.Memory):
+    """The salience without its factor of 8: slots learn more slowly what to leave out."""
+
+    sharpness = 1
 
 
 class MeanWrite(AlwaysWrite):
@@ -93,7 +101,7 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "always": AlwaysWrite, "mean": MeanWrite,
+RULES = {"shared": SharedRead, "independent": IndependentRead, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
 
