@@ -23,8 +23,8 @@ say. This file's answer, and the one place where it had to decide:
   * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
     the segment is full. So no token can see a later one, whatever T and N are.
   * Rows. The segment is cut into N chunks of consecutive tokens. Slot i gathers chunk i, weighted by a learned
-    salience that may also say "nothing here", into one candidate row; then (4)-(6) apply row by row, the gates
-    seeing candidate and old slot.
+    salience, into one candidate row; then (4)-(6) apply row by row, the gates seeing candidate and old slot.
+    A chunk may hold nothing: what a slot takes from each chunk of idle talk would soon bury its facts.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in the same slot, where
     two facts are averaged before anything has learned to tell them apart. By position, two sentences start in
     two slots, and a lookup can be learned at once.
@@ -158,9 +158,6 @@ class MLP(nn.Module):
 class Memory(nn.Module):
     """The memory of one block: how its tokens read the bank M (B, N, C), and how a segment writes it."""
 
-    # a slot that takes a little of every chunk without a fact soon holds nothing else: with 8, it learns early to take nothing
-    sharpness = 8
-
     def __init__(self, config):
         super().__init__()
         C, N, T = config.n_embd, config.memory_slots, config.block_size
@@ -171,6 +168,7 @@ class Memory(nn.Module):
         self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
+        self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
@@ -206,7 +204,7 @@ class Memory(nn.Module):
 
     def gather(self, h, m):
         """T rows become N: tokens h (B, T, C) and slots m (B, N, C) give one candidate row per slot, c (B, N, C)."""
-        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; a last logit, 0, stands for "nothing here"
+        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing here"
         logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
         logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
         claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, N, T + 1)

@@ -64,7 +64,8 @@ def get_parser():
                    "memory or swap it between samples: what is then still right was not answered from memory")
     g.add_argument("--retrieve", type=count, default=0, metavar="K", help="instead of the text, give the K sentences that BM25 ranks "
                    "closest to the question; 0: the text")
-    g.add_argument("--results", metavar="FILE", help="where the table goes as JSON; default: out_dir/results.json")
+    g.add_argument("--results", metavar="FILE", help="where the table goes as JSON; default: results.json in out_dir, or "
+                   "results-reset.json, results-retrieve4.json and the like")
     g.add_argument("--babi_dir", help="evaluate on the bAbI files of this folder instead of data_dir's stories")
     g.add_argument("--background", help="evaluate in these text files or folders, by commas, instead of data_dir's haystack")
     g = parser.add_argument_group("data")
@@ -535,7 +536,8 @@ def main(args, checkpoint):
         config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": held_out.digest()}
         guesses, fluency = [guess(training, held_out, task) for task in args.tasks], perplexity(model, held_out, max(args.curriculum))
         print_table(rows, guesses, fluency)
-        path = args.results or Path(args.out_dir, "results.json")
+        how = f"-{args.intervention}" * (args.intervention != "none") + f"-retrieve{args.retrieve}" * (args.retrieve > 0)
+        path = args.results or Path(args.out_dir, f"results{how}.json")
         write_results(path, {"config": config, "results": rows, "guesses": guesses, "perplexity": fluency})
         print(f"written to {path}")
     if world > 1:

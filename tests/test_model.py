@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM2, LM2Config, Memory
+from model import LM2, LM2Config
 
 TYPES = ("lm2", "rmt", "none")
 
@@ -19,7 +19,7 @@ def make(seed=0, dtype=torch.float64, **kwargs):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "salience" in name or "bias" in name or name == "head.weight":
-                p.copy_(torch.randn_like(p) / (Memory.sharpness if "salience" in name else 1))
+                p.copy_(torch.randn_like(p) / (8 if "salience" in name else 1))
             if ".d_" in name:
                 p.copy_(0.2 * torch.randn_like(p))
     return model.eval()

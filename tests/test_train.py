@@ -312,7 +312,7 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
     babi = "".join(f"1 Mary went to the {p}.\n2 Where is Mary? \t{p}\t1\n" for p in babilong.PLACES)
     (tmp_path / "qa1_test.txt").write_text(babi)
     run(*common, "--eval_segments=2", f"--babi_dir={tmp_path}", f"--background={haystack}", "--intervention=reset")
-    other = json.loads((tmp_path / "results.json").read_text())
+    other = json.loads((tmp_path / "results-reset.json").read_text())
     assert other["config"]["data_hash"] != first["config"]["data_hash"] and other["results"][0]["intervention"] == "reset"
 
 

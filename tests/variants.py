@@ -58,7 +58,9 @@ class AlwaysWrite(model.Memory):
 class BluntWrite(model.Memory):
     """The salience without its factor of 8: slots learn more slowly what to leave out."""
 
-    sharpness = 1
+    def __init__(self, config):
+        super().__init__(config)
+        self.sharpness = 1.0
 
 
 class MeanWrite(AlwaysWrite):
