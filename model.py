@@ -28,6 +28,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why chunks. If tokens choose their slot by content, all places look alike and land in the same slot, where
     two facts are averaged before anything has learned to tell them apart. By position, two sentences start in
     two slots, and a lookup can be learned at once.
+  * Recency. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries
+    its age, the time since a chunk was written into it, and a read prefers the younger of equals.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
   * Read projections. The read has W_Q, W_K, W_V of its own, as in the paper, written as the block's self-attention
@@ -156,7 +158,10 @@ class MLP(nn.Module):
 
 
 class Memory(nn.Module):
-    """The memory of one block: how its tokens read the bank M (B, N, C), and how a segment writes it."""
+    """
+    The memory of one block: how its tokens read the bank, N slots of width C, and how a segment writes it. The bank comes
+    as M (B, N, C + 1): the last column is the slots' age, in chunks since they were written.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -166,6 +171,7 @@ class Memory(nn.Module):
         self.d_q = nn.Linear(C, C, bias=False)  # what W_Q, W_K and W_V of the read
         self.d_k = nn.Linear(C, kv, bias=False)  # differ by from the self-attention's;
         self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
+        self.recency = nn.Parameter(torch.empty(config.n_head))  # how much each head prefers what was written later
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
@@ -179,47 +185,58 @@ class Memory(nn.Module):
         self.register_buffer("outside", (t < first[:, None]) | (t >= last[:, None]), persistent=False)  # (N, T)
 
     def read(self, h, hq, M, attn):
-        """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C). Returns E_gated (B, T, C)."""
-        m = rms_norm(M).to(h.dtype)  # (B, N, C)
-        # (1)  Q = E_t W_Q,  K = M_t W_K,  V = M_t W_V                   not rotated: slots have no order
-        q = attn.heads(hq + self.d_q(h), norm=True)  # (B, H, T, D)
-        k = attn.heads(F.linear(m, attn.wk.weight + self.d_k.weight), norm=True)  # (B, K, N, D)
-        v = attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))  # (B, K, N, D)
+        """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C + 1). Returns E_gated (B, T, C)."""
+        M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
+        q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)
+        # of two slots that match alike, about one person say, the one written later shall win
+        bias = -self.recency[:, None, None] * torch.log1p(age)[:, None, None]  # (B, H, 1, N)
+        bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, H, 1 or T, N)
         # (1)  A = softmax(Q K^T / sqrt(d)), optionally over the top k slots;  E_mem = A V
-        E_mem = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.best(q, k, attn.scale), scale=attn.scale, enable_gqa=attn.grouped
-        )  # (B, H, T, D)
+        E_mem = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale, enable_gqa=attn.grouped)  # (B, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
         # (2)  g_out = sigmoid(E_mem W_out)
         g_out = torch.sigmoid(self.w_out(E_mem))  # (B, T, C)
         # (2)  E_gated = g_out * E_mem                      printed with M_t for E_mem, whose shape does not fit
         return g_out * E_mem
 
-    def best(self, q, k, scale):
-        """Mask (B, H, T, N) of each token's top_k slots, or None where all are read."""
+    def project(self, h, hq, m, attn):
+        """(1)  Q = E_t W_Q (B, H, T, D),  K = M_t W_K and V = M_t W_V (B, K, N, D). Not rotated: slots have no order."""
+        k = attn.heads(F.linear(m, attn.wk.weight + self.d_k.weight), norm=True)
+        v = attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
+        return attn.heads(hq + self.d_q(h), norm=True), k, v
+
+    def best(self, q, k, scale, bias):
+        """The bias (B, H, 1, N) itself, or (B, H, T, N) with -inf for slots that are not among the token's top_k."""
         if self.top_k == 0:
-            return None
-        scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale  # (B, H, T, N)
-        return scores >= scores.topk(self.top_k, dim=-1).values[..., -1:]
+            return bias
+        scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale + bias  # (B, H, T, N)
+        return torch.where(scores < scores.topk(self.top_k, dim=-1).values[..., -1:], -math.inf, bias)
 
     def gather(self, h, m):
-        """T rows become N: tokens h (B, T, C) and slots m (B, N, C) give one candidate row per slot, c (B, N, C)."""
+        """
+        T rows become N: tokens h (B, T, C) and slots m (B, N, C) give each slot a candidate row, c (B, N, C), and how
+        much of its chunk it is offered at all, claimed (B, N, 1), from 0 to 1.
+        """
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing here"
         logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
         logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
         claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
-        return claim[..., :-1].to(h.dtype) @ h
+        return claim[..., :-1].to(h.dtype) @ h, 1 - claim[..., -1:]
 
     def write(self, h, M):
-        """h (B, T, C) of a full segment, M (B, N, C) float32 as the segment read it. Returns M_t+1 (B, N, C)."""
-        m = rms_norm(M).to(h.dtype)  # (B, N, C)
-        c = self.gather(h, m)  # (B, N, C)
+        """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
+        M, age = M[..., :-1], M[..., -1:]  # (B, N, C), (B, N, 1)
+        m = rms_norm(M, 1e-20).to(h.dtype)  # (B, N, C)
+        c, claimed = self.gather(h, m)  # (B, N, C), (B, N, 1)
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
         # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996
         g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
-        return g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
+        M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
+        # the age, in chunks: chunk i of this segment is N - 1 - i before its end
+        written = torch.arange(M.size(1) - 1, -1, -1, device=M.device)[:, None]  # (N, 1)
+        return torch.cat((M, claimed * written + (1 - claimed) * (age + M.size(1))), dim=-1)
 
 
 class Block(nn.Module):
@@ -233,7 +250,7 @@ class Block(nn.Module):
         self.memory = Memory(config) if has_memory else None
 
     def forward(self, x, rope, M=None, cache=None):
-        """x (B, T, C), M (B, N, C) where the block has a memory. Returns x and h (B, T, C), what a write needs."""
+        """x (B, T, C), M (B, N, C + 1) where the block has a memory. Returns x and h (B, T, C), what a write needs."""
         h = self.norm1(x)
         if self.shift is not None:
             before = torch.zeros_like(h[:, :1]) if cache is None or "h" not in cache else cache["h"]
@@ -290,6 +307,7 @@ class LM2(nn.Module):
             for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):  # salience: all tokens alike
                 weight.zero_()
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
+            memory.recency.fill_(3.0)
             memory.w_out.bias.zero_()
             memory.w_in.bias.zero_()
             memory.w_forget.bias.fill_(self.config.forget_bias)
@@ -302,8 +320,8 @@ class LM2(nn.Module):
 
     def initial_memory(self, batch_size):
         """
-        The memory before any text, float32: LM2's banks (L, B, N, C), RMT's tokens (1, B, N, C), or, with no
-        memory, an empty tensor (0, B, 0, C). A plain tensor: detach it, move it, save it.
+        The memory before any text, float32: LM2's banks (L, B, N, C + 1), the last column a slot's age, RMT's tokens
+        (1, B, N, C), or, with no memory, an empty tensor. A plain tensor: detach it, move it, save it.
         """
         c = self.config
         if c.memory_type == "rmt":
@@ -311,7 +329,7 @@ class LM2(nn.Module):
         # M_0 = I: slots must start different. Row i is e_(i mod C): a zero row would explode when normalised
         rows = torch.arange(c.memory_slots, device=self.embed.weight.device) % c.n_embd
         L = sum(block.memory is not None for block in self.blocks)
-        return F.one_hot(rows, c.n_embd).float().expand(L, batch_size, -1, -1)
+        return F.one_hot(rows, c.n_embd + 1).float().expand(L, batch_size, -1, -1)
 
     def segment(self, idx, memory, cache=None, start=0):
         """
@@ -325,7 +343,7 @@ class LM2(nn.Module):
         rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
         written = []
         for i, block in enumerate(self.blocks):
-            M = memory[i] if block.memory is not None else None  # (B, N, C)
+            M = memory[i] if block.memory is not None else None  # (B, N, C + 1)
             x, h = block(x, rope, M, None if cache is None else cache[i])
             if full and block.memory is not None:
                 written.append(block.memory.write(h, M))

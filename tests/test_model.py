@@ -18,7 +18,7 @@ def make(seed=0, dtype=torch.float64, **kwargs):
     model = LM2(LM2Config(**{**config, **kwargs})).to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "salience" in name or "bias" in name or name == "head.weight":
+            if "salience" in name or "recency" in name or "bias" in name or name == "head.weight":
                 p.copy_(torch.randn_like(p) / (8 if "salience" in name else 1))
             if ".d_" in name:
                 p.copy_(0.2 * torch.randn_like(p))
@@ -31,15 +31,20 @@ def tokens(*shape, seed=1):
 
 # ----------------------------------------------------------------------------- the equations
 
-def rms(v):
-    return v / (v.pow(2).mean() + 1e-5).sqrt()
+def rms(v, eps=1e-5):
+    return v / (v.pow(2).mean() + eps).sqrt()
+
+
+def bank(B, N):
+    """Slots of width 16 and, last, their ages."""
+    return torch.cat((torch.randn(B, N, 16, dtype=torch.float64), 9 * torch.rand(B, N, 1, dtype=torch.float64)), dim=-1)
 
 
 @pytest.mark.parametrize("n_kv_head, top_k, qk_norm", [(4, 0, False), (2, 0, True), (2, 2, False), (1, 1, True)])
 def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
     model = make(n_kv_head=n_kv_head, memory_slots=5, memory_top_k=top_k, qk_norm=qk_norm)
     block, B, T, H, D = model.blocks[0], 2, 8, 4, 4
-    h, M = torch.randn(B, T, 16, dtype=torch.float64), torch.randn(B, 5, 16, dtype=torch.float64)
+    h, M = torch.randn(B, T, 16, dtype=torch.float64), bank(B, 5)
     W = {"w" + x: getattr(block.attn, "w" + x).weight + getattr(block.memory, "d_" + x).weight for x in "qkv"}
     expected = torch.zeros(B, T, 16, dtype=torch.float64)
     for b in range(B):
@@ -47,11 +52,12 @@ def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
             read = []
             for head in range(H):
                 q, shared = (W["wq"] @ h[b, t])[head * D : head * D + D], head // (H // n_kv_head)
-                keys = [(W["wk"] @ rms(m))[shared * D : shared * D + D] for m in M[b]]
-                values = [(W["wv"] @ rms(m))[shared * D : shared * D + D] for m in M[b]]
+                keys = [(W["wk"] @ rms(m[:-1], 1e-20))[shared * D : shared * D + D] for m in M[b]]
+                values = [(W["wv"] @ rms(m[:-1], 1e-20))[shared * D : shared * D + D] for m in M[b]]
                 if qk_norm:
                     q, keys = rms(q), [rms(k) for k in keys]
-                scores = [(q @ k).item() * (2 if qk_norm else 1) / math.sqrt(D) for k in keys]
+                old = [block.memory.recency[head].item() * math.log(1 + m[-1].item()) for m in M[b]]
+                scores = [(q @ k).item() * (2 if qk_norm else 1) / math.sqrt(D) - o for k, o in zip(keys, old)]
                 best = sorted(scores)[-top_k:] if top_k else scores
                 e = [math.exp(s) if s in best else 0.0 for s in scores]
                 read.append(sum(x / sum(e) * v for x, v in zip(e, values)))
@@ -66,7 +72,7 @@ def test_read_is_equations_1_and_2(n_kv_head, top_k, qk_norm):
 def test_write_is_equations_4_to_6_on_chunks(T, N):
     model = make(block_size=T, memory_slots=N)
     w, B = model.blocks[1].memory, 2
-    h, M = torch.randn(B, T, 16, dtype=torch.float64), torch.randn(B, N, 16, dtype=torch.float64)
+    h, M = torch.randn(B, T, 16, dtype=torch.float64), bank(B, N)
     expected, covered = torch.zeros_like(M), set()
     for b in range(B):
         for i in range(N):
@@ -74,10 +80,12 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
             covered.update(chunk)
             e = [math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk]
             c = sum(x / (1 + sum(e)) * h[b, t] for x, t in zip(e, chunk))
-            m = rms(M[b, i])
+            m = rms(M[b, i, :-1], 1e-20)
             g_in = torch.sigmoid(w.w_in.weight @ c + w.w_in.bias + w.u_in.weight @ m)
             g_forget = torch.sigmoid(w.w_forget.weight @ c + w.w_forget.bias + w.u_forget.weight @ m)
-            expected[b, i] = g_in * torch.tanh(w.w_cand.weight @ c) + g_forget * M[b, i]
+            expected[b, i, :-1] = g_in * torch.tanh(w.w_cand.weight @ c) + g_forget * M[b, i, :-1]
+            claimed = sum(e) / (1 + sum(e))
+            expected[b, i, -1] = claimed * (N - 1 - i) + (1 - claimed) * (M[b, i, -1] + N)
     assert covered == set(range(T)) or N > T
     # the gates are computed in float32
     torch.testing.assert_close(w.write(h, M), expected, rtol=1e-5, atol=1e-5)
@@ -85,7 +93,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
 
 def test_equation_3_adds_the_gated_read_to_the_attention_output():
     model = make()
-    block, x, M = model.blocks[0], torch.randn(2, 8, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
+    block, x, M = model.blocks[0], torch.randn(2, 8, 16, dtype=torch.float64), bank(2, 3)
     out, h = block(x, (model.cos, model.sin), M)
     y, hq = block.attn(h, (model.cos, model.sin))
     after = x + block.attn.wo(y + block.memory.read(h, hq, M, block.attn))
@@ -95,15 +103,15 @@ def test_equation_3_adds_the_gated_read_to_the_attention_output():
 @pytest.mark.parametrize("N", [1, 16, 40])
 def test_memory_starts_as_wrapped_identity(N):
     memory = make(memory_slots=N).initial_memory(3)
-    assert memory.shape == (2, 3, N, 16) and memory.dtype == torch.float32
+    assert memory.shape == (2, 3, N, 17) and memory.dtype == torch.float32
     for i in range(N):
-        assert memory[1, 2, i].tolist() == [float(j == i % 16) for j in range(16)]
+        assert memory[1, 2, i].tolist() == [float(j == i % 16) for j in range(17)]
 
 
 def test_memory_layers_are_the_first_ones():
     model = make(n_layer=3, n_memory_layers=2)
     assert [block.memory is not None for block in model.blocks] == [True, True, False]
-    assert model.unroll(tokens(1, 16))[2].shape == (2, 1, 3, 16)
+    assert model.unroll(tokens(1, 16))[2].shape == (2, 1, 3, 17)
 
 
 # ----------------------------------------------------------------------------- the decoder

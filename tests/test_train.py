@@ -266,7 +266,7 @@ def test_a_window_of_several_segments(data_dir, tmp_path):
     assert [r["tokens"] for r in rows] == [32, 64, 96] and [r["n_outside"] > 0 for r in rows] == [False, True, True]
 
 
-@pytest.mark.parametrize("rule", ["shared", "independent", "always", "blunt", "mean", "queries", "routed"])
+@pytest.mark.parametrize("rule", ["shared", "independent", "timeless", "always", "blunt", "mean", "queries", "routed"])
 def test_other_rules_train(rule, data_dir, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "variants.py"), rule] + flags(data_dir, tmp_path, max_iters=4)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -4,6 +4,7 @@ the rule's name.
 
 $ python tests/variants.py shared --out_dir=out-shared      # reads with W_Q, W_K, W_V of the block's self-attention alone
 $ python tests/variants.py independent                      # reads with W_Q, W_K, W_V of its own, drawn independently
+$ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
 $ python tests/variants.py blunt                            # the salience without its factor of 8
 $ python tests/variants.py mean                             # writes the plain mean of every chunk (the released code's pooling)
@@ -37,13 +38,16 @@ class IndependentRead(model.Memory):
 
     drawn = ("d_q", "d_k", "d_v")
 
-    def read(self, h, hq, M, attn):
-        m = model.rms_norm(M).to(h.dtype)  # (B, N, C)
-        q, k, v = self.d_q(h), self.d_k(m), self.d_v(m)
-        E_mem = F.scaled_dot_product_attention(
-            attn.heads(q, norm=True), attn.heads(k, norm=True), attn.heads(v), scale=attn.scale, enable_gqa=attn.grouped)
-        E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
-        return torch.sigmoid(self.w_out(E_mem)) * E_mem
+    def project(self, h, hq, m, attn):
+        return attn.heads(self.d_q(h), norm=True), attn.heads(self.d_k(m), norm=True), attn.heads(self.d_v(m))
+
+
+class TimelessRead(model.Memory):
+    """The age of a slot makes no difference."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.recency.requires_grad_(False)
 
 
 class AlwaysWrite(model.Memory):
@@ -52,7 +56,7 @@ class AlwaysWrite(model.Memory):
     def gather(self, h, m):
         logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
         claim = logits[:, None].masked_fill(self.outside, -torch.inf).softmax(dim=-1)  # (B, N, T)
-        return claim.to(h.dtype) @ h
+        return claim.to(h.dtype) @ h, torch.ones_like(m[..., :1])
 
 
 class BluntWrite(model.Memory):
@@ -71,8 +75,8 @@ class MeanWrite(AlwaysWrite):
         self.salience.requires_grad_(False)
 
 
-class Addressed(model.Memory):
-    """Slots and tokens find each other by content, with matrices of their own, instead of by chunk."""
+class Addressed(TimelessRead):
+    """Slots and tokens find each other by content, with matrices of their own; every slot is written in every segment."""
 
     drawn = ("w_slot", "w_token")
 
@@ -83,7 +87,7 @@ class Addressed(model.Memory):
     def gather(self, h, m):
         slot, token = (model.rms_norm(w(x).float()) for w, x in ((self.w_slot, m), (self.w_token, h)))
         claim = self.share(2 * slot.size(-1) ** -0.5 * slot @ token.mT)  # (B, N, T)
-        return claim.to(h.dtype) @ h
+        return claim.to(h.dtype) @ h, torch.ones_like(m[..., :1])
 
 
 class SlotsAsQueries(Addressed):
@@ -103,7 +107,7 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
+RULES = {"shared": SharedRead, "independent": IndependentRead, "timeless": TimelessRead, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
 
@@ -116,6 +120,8 @@ def use(rule):
         plain(lm2)
         generator = torch.Generator().manual_seed(torch.initial_seed() + 1)
         for block in lm2.blocks:
+            if isinstance(block.memory, TimelessRead):
+                block.memory.recency.zero_()
             for name in getattr(block.memory, "drawn", ()):
                 weight = getattr(block.memory, name).weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * weight.size(1) ** -0.5)
