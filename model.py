@@ -33,9 +33,8 @@ say. This file's answer, and the one place where it had to decide:
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
   * Read projections. The read has W_Q, W_K, W_V of its own, as in the paper, written as the block's self-attention
-    matrices plus differences that start at zero: a lookup learned inside the window works on the bank at once, and
-    is then free to differ. The README has single runs with the differences kept at zero, and with matrices drawn
-    independently: with the recipe of train.py these learn about as fast.
+    matrices plus differences that start at zero: a lookup learned inside the window works on the bank at once.
+The README measures each of these against its alternatives, which stand in tests/variants.py.
 """
 import math
 from dataclasses import dataclass
@@ -69,12 +68,11 @@ class LM2Config:
         """Fills in what is derived; raises ValueError with one sentence for a value that cannot work."""
         if self.memory_type not in ("lm2", "rmt", "none"):
             raise ValueError(f"memory_type must be lm2, rmt or none, not {self.memory_type!r}")
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("n_kv_head", "intermediate_size", "memory_slots", "n_memory_layers", "memory_top_k"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for low, names in (1, "block_size vocab_size n_layer n_head n_embd"), \
+                          (0, "n_kv_head intermediate_size memory_slots n_memory_layers memory_top_k"):
+            for name in names.split():
+                if getattr(self, name) < low:
+                    raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
@@ -158,10 +156,7 @@ class MLP(nn.Module):
 
 
 class Memory(nn.Module):
-    """
-    The memory of one block: how its tokens read the bank, N slots of width C, and how a segment writes it. The bank comes
-    as M (B, N, C + 1): the last column is the slots' age, in chunks since they were written.
-    """
+    """How a block's tokens read its bank, and how a segment writes it. M (B, N, C + 1): N slots and, last, their age."""
 
     def __init__(self, config):
         super().__init__()
@@ -179,10 +174,9 @@ class Memory(nn.Module):
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
         # chunk i holds tokens iT//N to (i+1)T//N: uneven where N does not divide T, one token where N > T
-        first = torch.arange(N) * T // N  # (N,)
-        last = torch.maximum(first + 1, (torch.arange(N) + 1) * T // N)  # (N,)
-        t = torch.arange(T)
-        self.register_buffer("outside", (t < first[:, None]) | (t >= last[:, None]), persistent=False)  # (N, T)
+        i, t = torch.arange(N)[:, None], torch.arange(T)  # (N, 1), (T,)
+        outside = (t < i * T // N) | (t >= torch.maximum(i * T // N + 1, (i + 1) * T // N))
+        self.register_buffer("outside", outside, persistent=False)  # (N, T)
 
     def read(self, h, hq, M, attn):
         """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C + 1). Returns E_gated (B, T, C)."""
@@ -213,11 +207,8 @@ class Memory(nn.Module):
         return torch.where(scores < scores.topk(self.top_k, dim=-1).values[..., -1:], -math.inf, bias)
 
     def gather(self, h, m):
-        """
-        T rows become N: tokens h (B, T, C) and slots m (B, N, C) give each slot a candidate row, c (B, N, C), and how
-        much of its chunk it is offered at all, claimed (B, N, 1), from 0 to 1.
-        """
-        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing here"
+        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and what it claims, (B, N, 1)."""
+        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
         logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
         logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
         claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
@@ -234,7 +225,7 @@ class Memory(nn.Module):
         g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
-        # the age, in chunks: chunk i of this segment is N - 1 - i before its end
+        # age: chunks since the slot was written; chunk i of this segment is N - 1 - i before its end
         written = torch.arange(M.size(1) - 1, -1, -1, device=M.device)[:, None]  # (N, 1)
         return torch.cat((M, claimed * written + (1 - claimed) * (age + M.size(1))), dim=-1)
 
@@ -304,8 +295,8 @@ class LM2(nn.Module):
         for memory in (block.memory for block in self.blocks if block.memory is not None):
             for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
                 normal(linear.weight, linear.in_features**-0.5)
-            for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):  # salience: all tokens alike
-                weight.zero_()
+            for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):
+                weight.zero_()  # salience: all tokens alike
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.recency.fill_(3.0)
             memory.w_out.bias.zero_()
@@ -339,7 +330,7 @@ class LM2(nn.Module):
         x = self.embed(idx)  # (B, T, C)
         full = idx.size(1) == self.config.block_size
         if self.config.memory_type == "rmt":
-            x, start, M = self.rmt_wrap(x, memory[0].type_as(x), start, full)
+            x, start = self.rmt_wrap(x, memory[0].type_as(x), start, full)
         rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
         written = []
         for i, block in enumerate(self.blocks):
@@ -356,7 +347,7 @@ class LM2(nn.Module):
         """RMT: [M | tokens | M], the leading copy to read, the trailing one, behind a full segment, to write."""
         lead = [] if start else [M]
         start = start + M.size(1) if start else 0
-        return torch.cat(lead + [x] + ([M] if full else []), dim=1), start, None
+        return torch.cat(lead + [x] + ([M] if full else []), dim=1), start
 
     def rmt_unwrap(self, x, memory, start, full):
         """The states of the tokens, and of the trailing M, which become the memory tokens of the next segment."""
@@ -368,8 +359,7 @@ class LM2(nn.Module):
         """Cross-entropy averaged by weight over the targets that are not -1; 0 if there are none. A scalar."""
         weights = (targets != -1).float() if weights is None else weights * (targets != -1)  # (B, T)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
-        total = weights.sum()
-        return (losses * weights.flatten()).sum() / torch.where(total > 0, total, 1.0)
+        return (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-20)
 
     def forward(self, idx, targets=None, memory=None, weights=None):
         """
@@ -443,24 +433,18 @@ class LM2(nn.Module):
         A list of optimizers: one AdamW for everything or, if muon_lr > 0, torch.optim.Muon for the matrices inside
         the blocks and AdamW for the rest. Matrices decay; vectors (norms, biases, salience, shift) do not.
         """
-        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
+        matrices = [p for p in self.blocks.parameters() if p.dim() == 2] if muon_lr else []
         inside = {id(p) for p in matrices}
         rest = [p for p in self.parameters() if id(p) not in inside]
         groups = [
             {"params": [p for p in rest if p.dim() == 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
-        if muon_lr:
-            muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
-            return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas), muon]
-        groups[0]["params"] += matrices
-        return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)]
+        muon = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)] if muon_lr else []
+        return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)] + muon
 
     def estimate_mfu(self, tokens, seconds, peak_flops):
-        """
-        Model FLOPs utilisation: the share of peak_flops (per second) that training on `tokens` in `seconds` needed.
-        For LM2 and the plain decoder; RMT's memory tokens are not counted.
-        """
+        """Model FLOPs utilisation: the share of peak_flops (a second's) that training took. RMT's own tokens do not count."""
         c, attn = self.config, self.blocks[0].attn
         L = sum(block.memory is not None for block in self.blocks)
         decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())

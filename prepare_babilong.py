@@ -453,7 +453,7 @@ class Babilong:
         return sentences
 
     def story(self, task, rng, dense=False, limit=math.inf):
-        """A story of up to `limit` lines that ends with a question, or with up to four if dense; None if it gets longer."""
+        """A story that ends with a question, or with up to four if dense; None if a simulated one exceeds `limit` lines."""
         if self.stories is None:
             return simulate(task, rng, rng.randint(1, 5), rng.randint(0, 3) if dense else 0, limit)
         story = rng.choice(self.stories[task])  # one of its questions, and what comes before it
@@ -520,9 +520,8 @@ class Babilong:
 
     def retrieve(self, sample, k):
         """
-        A prompt of one segment instead of a sample's own: the k sentences that BM25 (k1 = 1.5, b = 0.75) ranks closest
-        to the question, as far as they fit, in text order, and the question; the text that it ends with stays room for
-        the answer. Returns tokens (T - room,).
+        A prompt of one segment, less the answer's room, in place of the sample's own, as tokens (T - room,): of the k
+        sentences that BM25 (k1 = 1.5, b = 0.75) ranks closest to the question those that fit, in text order, and the question.
         """
         question = self.encode(" " + sample.question)
         sentences = split_sentences(self.encoding.decode(sample.tokens[: sample.prompt - len(question)]))

@@ -76,7 +76,7 @@ def get_parser():
     g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of weights and training samples")
     g = parser.add_argument_group("model")
     g.add_argument("--block_size", type=positive, default=64, help="tokens of a segment, all that self-attention sees")
-    g.add_argument("--n_layer", type=positive, default=3, help="decoder blocks")
+    g.add_argument("--n_layer", type=positive, default=2, help="decoder blocks")
     g.add_argument("--n_head", type=positive, default=4, help="attention heads")
     g.add_argument("--n_kv_head", type=count, default=0, help="key-value heads; 0: n_head")
     g.add_argument("--n_embd", type=positive, default=96, help="width")

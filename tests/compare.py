@@ -32,7 +32,7 @@ def columns(files):
         config = file["config"]
         same = {k: config.get(k) for k in (*kept_flags(), "intervention", "retrieve", "rule") if k != "seed"}
         groups.setdefault(json.dumps(same), []).append(file)
-    return {f"{Path(group[0]['folder']).name}/{group[0]['name']}": group for group in groups.values()}
+    return {group[0]["folder"].name + group[0]["name"].removeprefix("results"): group for group in groups.values()}
 
 
 def spread(values, digits=1):

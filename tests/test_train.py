@@ -285,7 +285,7 @@ def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path):
 
     code, table, _ = compare(*files)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert code == 0 and rows[0] == ["accuracy in %", "a1/results", "b/results"] and rows[-1] == ["seeds", "1, 2", "1"]
+    assert code == 0 and rows[0] == ["accuracy in %", "a1", "b"] and rows[-1] == ["seeds", "1, 2", "1"]
     values = [json.loads(Path(f).read_text())["results"][1]["accuracy"] for f in files]
     assert rows[3] == ["2 seg.", f"{(values[0] + values[1]) / 2:.1f} ({min(values[:2]):.1f}–{max(values[:2]):.1f})", f"{values[2]:.1f}"]
     code, curve, _ = compare("--curve", *files)
