@@ -36,12 +36,13 @@ def columns(files):
 
 
 def spread(values, digits=1):
-    """'mean (lowest–highest)', or the value where there is but one."""
-    values = [v for v in values if v is not None]
-    if not values:
+    """'mean (lowest–highest)', or the value where there is but one, and how many there are if some are None."""
+    known = [v for v in values if v is not None]
+    if not known:
         return "–"
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    mean = f"{sum(known) / len(known):.{digits}f}"
+    text = mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f}–{max(known):.{digits}f})"
+    return text if len(known) == len(values) else f"{text}, {len(known)} of {len(values)}"
 
 
 def table(head, rows):
@@ -71,7 +72,7 @@ def main():
         table(["reached stage at step", *groups], [
             [str(stage), *(spread([next((r["iter"] for r in log if r.get("stage", -1) >= stage), None) for log in group], 0)
                            for group in logs.values())] for stage in stages if stage])
-        print(f"\n({last} steps in all; of several seeds, those that reached the stage)")
+        print(f"\n({last} steps in all)")
         return
     sizes = list(dict.fromkeys(r["length"] or f"{r['segments']} seg." for group in groups.values() for r in group[0]["results"]))
     rows = [[size, *(spread([value(file, size) for file in group]) for group in groups.values())] for size in sizes]
