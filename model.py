@@ -25,16 +25,15 @@ say. This file's answer, and the one place where it had to decide:
   * Rows. The segment is cut into N chunks of consecutive tokens. Slot i gathers chunk i, weighted by a learned
     salience, into one candidate row; then (4)-(6) apply row by row, the gates seeing candidate and old slot.
     A chunk may hold nothing: what a slot takes from each chunk of idle talk would soon bury its facts.
-  * Why chunks. If tokens choose their slot by content, all places look alike and land in the same slot, where
-    two facts are averaged before anything has learned to tell them apart. By position, two sentences start in
-    two slots, and a lookup can be learned at once.
+  * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
+    are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Recency. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries
     its age, the time since a chunk was written into it, and a read prefers the younger of equals.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
   * Read projections. The read has W_Q, W_K, W_V of its own, as in the paper, written as the block's self-attention
     matrices plus differences that start at zero: a lookup learned inside the window works on the bank at once.
-The README measures each of these against its alternatives, which stand in tests/variants.py.
+The alternatives stand in tests/variants.py, what was measured in the README.
 """
 import math
 from dataclasses import dataclass
