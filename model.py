@@ -180,7 +180,7 @@ class Memory(nn.Module):
     def read(self, h, hq, M, attn):
         """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C + 1). Returns E_gated (B, T, C)."""
         M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
-        q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)
+        q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)  # tiny eps: a faded slot still counts
         # of two slots that match alike, about one person say, the one written later shall win
         bias = -self.recency[:, None, None] * torch.log1p(age)[:, None, None]  # (B, H, 1, N)
         bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, H, 1 or T, N)
@@ -206,7 +206,7 @@ class Memory(nn.Module):
         return torch.where(scores < scores.topk(self.top_k, dim=-1).values[..., -1:], -math.inf, bias)
 
     def gather(self, h, m):
-        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and what it claims, (B, N, 1)."""
+        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N, 1), 0 to 1."""
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
         logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
         logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
