@@ -165,7 +165,7 @@ class Memory(nn.Module):
         self.d_q = nn.Linear(C, C, bias=False)  # what W_Q, W_K and W_V of the read
         self.d_k = nn.Linear(C, kv, bias=False)  # differ by from the self-attention's;
         self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
-        self.recency = nn.Parameter(torch.empty(config.n_head))  # how much each head prefers what was written later
+        self.recency = 3.0  # how much a read prefers what was written later
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
@@ -182,8 +182,8 @@ class Memory(nn.Module):
         M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
         q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)  # tiny eps: a faded slot still counts
         # of two slots that match alike, about one person say, the one written later shall win
-        bias = -self.recency[:, None, None] * torch.log1p(age)[:, None, None]  # (B, H, 1, N)
-        bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, H, 1 or T, N)
+        bias = -self.recency * torch.log1p(age)[:, None, None]  # (B, 1, 1, N)
+        bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, 1 or H, 1 or T, N)
         # (1)  A = softmax(Q K^T / sqrt(d)), optionally over the top k slots;  E_mem = A V
         E_mem = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale, enable_gqa=attn.grouped)  # (B, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
@@ -199,7 +199,7 @@ class Memory(nn.Module):
         return attn.heads(hq + self.d_q(h), norm=True), k, v
 
     def best(self, q, k, scale, bias):
-        """The bias (B, H, 1, N) itself, or (B, H, T, N) with -inf for slots that are not among the token's top_k."""
+        """The bias (B, 1, 1, N) itself, or (B, H, T, N) with -inf for slots that are not among the token's top_k."""
         if self.top_k == 0:
             return bias
         scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale + bias  # (B, H, T, N)
@@ -297,7 +297,6 @@ class LM2(nn.Module):
             for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):
                 weight.zero_()  # salience: all tokens alike
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
-            memory.recency.fill_(3.0)
             memory.w_out.bias.zero_()
             memory.w_in.bias.zero_()
             memory.w_forget.bias.fill_(self.config.forget_bias)

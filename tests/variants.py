@@ -47,7 +47,7 @@ class TimelessRead(model.Memory):
 
     def __init__(self, config):
         super().__init__(config)
-        self.recency.requires_grad_(False)
+        self.recency = 0.0
 
 
 class AlwaysWrite(model.Memory):
@@ -120,8 +120,6 @@ def use(rule):
         plain(lm2)
         generator = torch.Generator().manual_seed(torch.initial_seed() + 1)
         for block in lm2.blocks:
-            if isinstance(block.memory, TimelessRead):
-                block.memory.recency.zero_()
             for name in getattr(block.memory, "drawn", ()):
                 weight = getattr(block.memory, name).weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * weight.size(1) ** -0.5)
