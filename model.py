@@ -41,6 +41,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -173,13 +174,14 @@ class Memory(nn.Module):
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
         # chunk i holds tokens iT//N to (i+1)T//N: uneven where N does not divide T, one token where N > T
-        i, t = torch.arange(N)[:, None], torch.arange(T)  # (N, 1), (T,)
-        outside = (t < i * T // N) | (t >= torch.maximum(i * T // N + 1, (i + 1) * T // N))
-        self.register_buffer("outside", outside, persistent=False)  # (N, T)
+        i, w = torch.arange(N)[:, None], -(-T // N)  # (N, 1); w: width of the longest chunk
+        chunks = i * T // N + torch.arange(w)  # (N, w)
+        self.register_buffer("outside", chunks >= torch.maximum(i * T // N + 1, (i + 1) * T // N), persistent=False)
+        self.register_buffer("chunks", chunks.clamp(max=T - 1), persistent=False)
 
     def read(self, h, hq, M, attn):
         """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C + 1). Returns E_gated (B, T, C)."""
-        M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
+        M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
         q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)  # tiny eps: a faded slot still counts
         # of two slots that match alike, about one person say, the one written later shall win
         bias = -self.recency * torch.log1p(age)[:, None, None]  # (B, 1, 1, N)
@@ -208,10 +210,10 @@ class Memory(nn.Module):
     def gather(self, h, m):
         """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N, 1), 0 to 1."""
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
-        logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
-        logits = logits[:, None].masked_fill(self.outside, -math.inf)  # (B, N, T)
-        claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, N, T + 1)
-        return claim[..., :-1].to(h.dtype) @ h, 1 - claim[..., -1:]
+        h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, N, w, C)
+        logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, N, w)
+        claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, w + 1)
+        return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1:]
 
     def write(self, h, M):
         """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
@@ -353,10 +355,10 @@ class LM2(nn.Module):
         x = x if start else x[:, N:]
         return (x[:, :-N], x[None, :, -N:].float()) if full else (x, memory)
 
-    def loss(self, logits, targets, weights=None):
-        """Cross-entropy averaged by weight over the targets that are not -1; 0 if there are none. A scalar."""
-        weights = (targets != -1).float() if weights is None else weights * (targets != -1)  # (B, T)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
+    def loss(self, logits, targets, weights):
+        """Cross-entropy of logits (..., V) averaged by weight over the targets (...) that are not -1; 0 if none is. A scalar."""
+        weights = weights * (targets != -1)
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction="none")
         return (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-20)
 
     def forward(self, idx, targets=None, memory=None, weights=None):
@@ -368,24 +370,53 @@ class LM2(nn.Module):
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"a segment holds {self.config.block_size} tokens, not {idx.size(1)}: use unroll")
-        x, memory = self.segment(idx, self.initial_memory(idx.size(0)) if memory is None else memory)
-        logits = self.head(x)  # (B, T, V)
-        return logits, None if targets is None else self.loss(logits, targets, weights), memory
+        return self.unroll(idx, targets, memory, weights)
 
-    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0):
+    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0, checkpoint_segments=False, only_targets=False):
         """
         Any number of segments, the memory carried through; arguments and returns as forward's, over all S*T
         tokens, the loss normalised once over all targets. Gradients cross every border, unless bptt_segments > 0
-        cuts them after every so many.
+        cuts them after every so many. checkpoint_segments: what a segment computed is not kept for the backward pass,
+        but computed again. only_targets: no logits where there is no target; they are (n, V), in the targets' order.
         """
-        T, logits = self.config.block_size, []
-        for s, part in enumerate(idx.split(T, dim=1)):
+        memory, states = self.initial_memory(idx.size(0)) if memory is None else memory, []
+        for s, part in enumerate(idx.split(self.config.block_size, dim=1)):
             if s and bptt_segments and s % bptt_segments == 0:
                 memory = memory.detach()
-            out, _, memory = self(part, memory=memory)
-            logits.append(out)
-        logits = torch.cat(logits, dim=1)  # (B, S*T, V)
+            if checkpoint_segments:
+                x, memory = checkpoint(self.segment, part, memory, use_reentrant=False)
+            else:
+                x, memory = self.segment(part, memory)
+            states.append(x)
+        x = torch.cat(states, dim=1)  # (B, S*T, C)
+        if targets is not None:
+            weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+            if only_targets:
+                there = targets != -1
+                x, targets, weights = x[there], targets[there], weights[there]  # (n, C), (n,), (n,)
+        logits = self.head(x)  # (B, S*T, V) or (n, V)
         return logits, None if targets is None else self.loss(logits, targets, weights), memory
+
+    def compile(self, **options):
+        """
+        Compiles what costs, the reading of full segments: one graph with gradients and one without, for any number of
+        segments and batch (a batch of one gets its own). Names of weights stay as they are. Prompts and answers are of
+        all lengths; they stay as they are too. options: torch.compile's.
+        """
+        plain, compiled = self.segment, torch.compile(self.segment, fullgraph=True, **options)
+
+        def segment(idx, memory, cache=None, start=0):
+            if cache is not None or idx.size(1) < self.config.block_size:
+                return plain(idx, memory, cache, start)
+            # a memory that is fresh or was loaded shall look like one carried over, or each kind gets its own graph
+            idx, memory = idx.contiguous(), memory.contiguous()
+            if torch.is_grad_enabled() and not memory.requires_grad:
+                memory = memory.detach().requires_grad_()
+            torch._dynamo.maybe_mark_dynamic(idx, 0)
+            torch._dynamo.maybe_mark_dynamic(memory, 1)
+            return compiled(idx, memory)
+
+        self.segment, self.loss = segment, torch.compile(self.loss, fullgraph=True, dynamic=True, **options)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, state=None, temperature=1.0, top_k=None, on_token=None):
@@ -448,5 +479,5 @@ class LM2(nn.Module):
         decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
         per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
         per_token = decoder + L * (2 * c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with query and output gate
-        attended = c.n_layer * c.block_size + L * 1.5 * c.memory_slots  # self-attention; read, and pooling to write
+        attended = c.n_layer * c.block_size + L * c.memory_slots  # self-attention; read
         return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

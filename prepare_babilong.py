@@ -438,6 +438,9 @@ class Babilong:
         # every answer of a task takes the room of the longest: its position must not tell how long it is
         self.room = {task: max(len(self.encode(written(a))) for a in (*LABELS[task], *LISTS.get(task, ()))) for task in TASKS}
 
+    def __reduce__(self):
+        return Babilong, (self.encoding, self.stories, self.sentences, self.block_size)  # for processes that do not fork
+
     def digest(self):
         """A hash of everything that samples are made of."""
         return hashlib.sha256(repr((self.stories, self.sentences)).encode()).hexdigest()[:16]

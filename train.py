@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import prepare_babilong as babilong
@@ -54,6 +55,8 @@ def get_parser():
     g.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1, ...; auto: the best there is")
     g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on cuda, else float32")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on cuda")
+    g.add_argument("--data_workers", type=count, help="processes that compose the coming batches meanwhile; default: 4 on cuda, else 0, "
+                   "where they would take what the model computes on")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_only", action="store_true", help="do not train: load out_dir and print the table")
     g.add_argument("--eval_lengths", type=several(babilong.length), default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
@@ -108,6 +111,8 @@ def get_parser():
     g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
     g.add_argument("--stage_iters", type=count, default=0, help="steps that end a stage at the latest; 0: no limit")
     g.add_argument("--bptt_segments", type=count, default=0, help="cut the gradient after so many segments; 0: never")
+    g.add_argument("--checkpoint_segments", action=switch, default=False,
+                   help="compute every segment twice rather than keep what the backward pass needs of all")
     return parser
 
 
@@ -337,23 +342,31 @@ class Unroll(nn.Module):
         return self.model.unroll(*args, **kwargs)
 
 
-def get_batch(data, args, it, segments, noise, rank, world):
+class Batches(Dataset):
     """
-    This process's share of the samples of step `it`: idx and targets (B, S*T) int64, targets -1 where the next token
-    is padding; answer and first (B, S*T) bool: the targets that belong to an answer, and the first ones of each.
+    batches[it, segments, noise] is that key, and this process's share of the samples of step `it`: idx and targets (B, S*T)
+    int64, targets -1 where the next token is padding; answer and first (B, S*T) bool: the targets that belong to an answer,
+    and the first ones of each.
     """
-    B = args.batch_size // segments
-    samples = [data.sample(args.tasks[(it * B + i) % len(args.tasks)], args.seed, f"{it}.{i}", segments=segments, dense=True,
-                           noise=noise) for i in range(rank, B, world)]
-    idx = np.stack([s.tokens for s in samples])
-    targets = np.roll(idx, -1, axis=1)
-    targets[:, -1] = -1
-    targets[targets == data.newline] = -1
-    answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
-    for row, sample in enumerate(samples):
-        for start, end in sample.answers:
-            answer[row, start - 1 : end - 1] = first[row, start - 1] = True
-    return tuple(map(torch.from_numpy, (idx, targets, answer, first)))
+
+    def __init__(self, data, args, rank, world):
+        self.data, self.batch_size, self.tasks, self.seed = data, args.batch_size, args.tasks, args.seed
+        self.rank, self.world = rank, world
+
+    def __getitem__(self, key):
+        it, segments, noise = key
+        B = self.batch_size // segments
+        samples = [self.data.sample(self.tasks[(it * B + i) % len(self.tasks)], self.seed, f"{it}.{i}", segments=segments,
+                                    dense=True, noise=noise) for i in range(self.rank, B, self.world)]
+        idx = np.stack([s.tokens for s in samples])
+        targets = np.roll(idx, -1, axis=1)
+        targets[:, -1] = -1
+        targets[targets == self.data.newline] = -1
+        answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
+        for row, sample in enumerate(samples):
+            for start, end in sample.answers:
+                answer[row, start - 1 : end - 1] = first[row, start - 1] = True
+        return key, tuple(map(torch.from_numpy, (idx, targets, answer, first)))
 
 
 def train(args, checkpoint, model, data, meta, device, amp, rank, world):
@@ -398,14 +411,23 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             dist.all_reduce(values)
         return values.tolist()
 
+    def shape(step):
+        """What the batch of a step is like, if the stage is then what it is now: (step, segments, noise)."""
+        # half of the batches are as long as the stage allows, the others shorter; one in five has no haystack
+        rng, most = random.Random(f"{args.seed}/{step}"), stages[stage]
+        return step, most if rng.random() < 0.5 else rng.randint(1, most), stage > 0 and rng.random() < 0.8
+
+    batches = Batches(training, args, rank, world)
+    workers = args.data_workers if args.data_workers is not None else 4 if device.type == "cuda" else 0
+    ahead = iter(DataLoader(batches, batch_size=None, sampler=map(shape, range(it, args.max_iters)), num_workers=workers,
+                            generator=torch.Generator()))  # its own, so that a resumed run finds torch's where it was
     bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=None if master else True)  # None: only on a terminal
     clock, seen, stop = time.perf_counter(), 0, False
     while it < args.max_iters:
-        # half of the batches are as long as the stage allows, the others shorter; one in five has no haystack
-        rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
-        segments = most if rng.random() < 0.5 else rng.randint(1, most)
-        noise = stage > 0 and rng.random() < 0.8
-        batch = get_batch(training, args, it, segments, noise, rank, world)
+        key, batch = next(ahead)
+        if key != shape(it):  # composed before the stage changed
+            key, batch = batches[shape(it)]
+        _, segments, noise = key
         n_targets, n_answers, n_first = total((batch[1] != -1).sum(), batch[2].sum(), batch[3].sum())
 
         schedule = min(1, (it + 1) / max(1, args.warmup_iters), (args.max_iters - it) / max(1e-9, args.decay_share * args.max_iters))
@@ -421,11 +443,13 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             last = i == args.gradient_accumulation_steps - 1
             with network.no_sync() if world > 1 and not last else nullcontext():
                 with amp:
-                    logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments)
+                    logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments,
+                                              checkpoint_segments=args.checkpoint_segments, only_targets=True)
                 loss = loss * weights.sum()
                 (loss * world).backward()  # DistributedDataParallel averages over the processes
             losses += loss.item()
-            right += (logits.detach().argmax(-1) == targets)[first].sum().item()
+            there = targets != -1
+            right += (logits.detach()[first[there]].argmax(-1) == targets[first]).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
         losses, right = total(losses, right)
         accuracy = right / n_first
@@ -438,7 +462,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         it += 1
         seen += batch[0].numel() * world
 
-        if segments == most and (noise or stage == 0):
+        if segments == stages[stage] and (noise or stage == 0):
             running += 0.1 * (accuracy - running)
         late = args.stage_iters and it - began >= args.stage_iters
         if (running > args.stage_accuracy or late) and stage < len(stages) - 1:

@@ -270,6 +270,66 @@ def test_loss_ignores_minus_one_and_weighs_the_rest():
     assert torch.equal(plain, model.unroll(idx, targets, weights=torch.full((2, 16), 2.0))[1])
 
 
+def gradients(model, *args, **kwargs):
+    model.zero_grad()
+    logits, loss, memory = model.unroll(*args, **kwargs)
+    (loss + memory.sum()).backward()
+    return logits, loss, memory, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("memory_type", ["lm2", "rmt", "none"])
+def test_cheaper_ways_compute_the_same(memory_type):
+    model, idx, targets = make(memory_type=memory_type), tokens(2, 32), tokens(2, 32, seed=2)
+    targets[:, ::3] = -1
+    weights = torch.rand(2, 32, dtype=torch.float64)
+    logits, loss, memory, grads = gradients(model, idx, targets, weights=weights)
+    again = gradients(model, idx, targets, weights=weights, checkpoint_segments=True)
+    assert torch.equal(logits, again[0]) and torch.equal(memory, again[2])
+    few = gradients(model, idx, targets, weights=weights, only_targets=True)
+    torch.testing.assert_close(few[0], logits[targets != -1])
+    model.compile(backend="eager")
+    compiled = gradients(model, idx, targets, weights=weights)
+    torch.testing.assert_close(compiled[0], logits)
+    for _, other, _, others in (again, few, compiled):
+        torch.testing.assert_close(other, loss)
+        torch.testing.assert_close(others, grads)
+
+
+def test_checkpointed_segments_keep_less():
+    """What the backward pass keeps grows with the number of segments by their last states alone."""
+    def kept(S, **kwargs):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            model.unroll(tokens(2, 8 * S), tokens(2, 8 * S), **kwargs)
+        return sum(sizes.values())
+
+    model = make()
+    plain, checkpointed = (kept(9, **kwargs) - kept(5, **kwargs) for kwargs in ({}, {"checkpoint_segments": True}))
+    assert checkpointed < 0.2 * plain
+
+
+@pytest.mark.parametrize("memory_type", ["lm2", "rmt", "none"])
+def test_compiled_once_for_all_segments_batches_and_memories(memory_type):
+    torch._dynamo.reset()
+    graphs, model = [], make(memory_type=memory_type)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    for B, S in (4, 1), (2, 3), (5, 2), (3, 4):
+        loss = gradients(model, tokens(B, 8 * S), tokens(B, 8 * S))[1]
+    loaded = model.unroll(tokens(3, 16))[2].detach().clone()
+    gradients(model, tokens(3, 8), tokens(3, 8), memory=loaded)
+    assert loss.isfinite() and len(graphs) == 2  # a segment, the loss
+    with torch.no_grad():
+        model.unroll(tokens(3, 16))
+        model.unroll(tokens(4, 8), memory=model.unroll(tokens(4, 32))[2])
+        model.generate(tokens(2, 21), 3)
+    assert len(graphs) == 3
+
+
 def test_loss_without_a_target_is_zero_with_zero_gradient():
     model = make()
     _, loss, _ = model(tokens(2, 8), torch.full((2, 8), -1))

@@ -1,6 +1,7 @@
 """The command line of train.py: training, resuming, evaluating, and what it says to flags and files that cannot work."""
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(data_dir, tmp_path)
 def test_batch_marks_answers_and_ignores_padding(data_dir):
     data = babilong.load_data(data_dir, 32)[0]
     args, _ = train.parse_args(flags(data_dir, "unused", tasks="qa1,qa8"))
-    idx, targets, answer, first = train.get_batch(data, args, 0, 2, True, 0, 1)
+    _, (idx, targets, answer, first) = train.Batches(data, args, 0, 1)[0, 2, True]
     assert idx.shape == targets.shape == answer.shape == first.shape == (4, 64)
     assert torch.equal(targets[:, :-1][targets[:, :-1] >= 0], idx[:, 1:][targets[:, :-1] >= 0]) and (targets[:, -1] == -1).all()
     assert not (targets == data.newline).any()
@@ -180,8 +181,18 @@ def test_batch_marks_answers_and_ignores_padding(data_dir):
         text = data.encoding.decode(targets[row][answer[row]].tolist())
         assert re.fullmatch(r"( (\w+|\w+, \w+|\w+, \w+, \w+)\.)+", text)
         assert first[row].sum() == text.count(".")
-    halves = [train.get_batch(data, args, 0, 2, True, rank, 2)[0] for rank in (0, 1)]
+    halves = [train.Batches(data, args, rank, 2)[0, 2, True][1][0] for rank in (0, 1)]
     assert torch.equal(idx, torch.stack(halves, dim=1).flatten(0, 1))
+
+
+def test_batches_composed_ahead_are_the_same(data_dir, tmp_path):
+    for workers in (0, 2):  # the stage changes after the first and the second step, when later batches are on their way
+        run(*flags(data_dir, tmp_path / str(workers), data_workers=workers))
+    assert same(weights(tmp_path / "0")["model"], weights(tmp_path / "2")["model"])
+    assert log(tmp_path / "0") == log(tmp_path / "2")
+    data = babilong.load_data(data_dir, 32)[0]
+    copy = pickle.loads(pickle.dumps(data))  # what a process that does not fork is given
+    assert same(*(d.sample("qa2", 1, 5, segments=4).tokens.tolist() for d in (data, copy)))
 
 
 # ----------------------------------------------------------------------------- evaluation

@@ -54,9 +54,8 @@ class AlwaysWrite(model.Memory):
     """The tokens of a chunk share the whole weight, whatever they are."""
 
     def gather(self, h, m):
-        logits = self.sharpness * (h.float() * self.salience).sum(dim=-1)  # (B, T)
-        claim = logits[:, None].masked_fill(self.outside, -torch.inf).softmax(dim=-1)  # (B, N, T)
-        return claim.to(h.dtype) @ h, torch.ones_like(m[..., :1])
+        c, claimed = super().gather(h, m)
+        return c / claimed, torch.ones_like(claimed)
 
 
 class BluntWrite(model.Memory):
