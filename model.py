@@ -31,8 +31,9 @@ say. This file's answer, and the one place where it had to decide:
     its age, the time since a chunk was written into it, and a read prefers the younger of equals.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
-  * Read projections. The read has W_Q, W_K, W_V of its own, as in the paper, written as the block's self-attention
-    matrices plus differences that start at zero: a lookup learned inside the window works on the bank at once.
+  * Read projections. Tokens ask the bank what they ask the window: W_Q is the self-attention's. W_K and W_V are the
+    read's own, as the block's plus differences that start at zero: a lookup learned inside the window works on the
+    bank at once. A W_Q of its own gained nothing and costs a product per token, where keys and values cost one per slot.
 The alternatives stand in tests/variants.py, what was measured in the README.
 """
 import math
@@ -105,7 +106,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads. The memory's read starts from the same projections."""
+    """Causal self-attention with grouped key-value heads. The memory's read takes its queries from here."""
 
     def __init__(self, config):
         super().__init__()
@@ -127,10 +128,9 @@ class Attention(nn.Module):
     def forward(self, h, rope, cache=None):
         """
         h (B, T, C), rope of its T positions; cache: a dict that keeps keys and values of the segment so far, or
-        None. With keys in the cache, T must be 1. Returns y (B, T, C) and h W_Q (B, T, C).
+        None. With keys in the cache, T must be 1. Returns y (B, T, C) and the queries as they were before their rotation.
         """
-        hq = self.wq(h)  # (B, T, C)
-        q = self.heads(hq, norm=True)  # (B, H, T, D)
+        q = self.heads(self.wq(h), norm=True)  # (B, H, T, D)
         k = rotate(self.heads(self.wk(h), norm=True), rope)  # (B, K, T, D)
         v = self.heads(self.wv(h))  # (B, K, T, D)
         if cache is not None:
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             rotate(q, rope), k, v, is_causal=h.size(1) > 1, scale=self.scale, enable_gqa=self.grouped
         )  # (B, H, T, D)
-        return y.transpose(1, 2).flatten(2), hq
+        return y.transpose(1, 2).flatten(2), q
 
 
 class MLP(nn.Module):
@@ -163,9 +163,8 @@ class Memory(nn.Module):
         C, N, T = config.n_embd, config.memory_slots, config.block_size
         self.top_k = config.memory_top_k
         kv = C // config.n_head * config.n_kv_head
-        self.d_q = nn.Linear(C, C, bias=False)  # what W_Q, W_K and W_V of the read
-        self.d_k = nn.Linear(C, kv, bias=False)  # differ by from the self-attention's;
-        self.d_v = nn.Linear(C, kv, bias=False)  # they start at zero
+        self.d_k = nn.Linear(C, kv, bias=False)  # what W_K and W_V of the read differ by
+        self.d_v = nn.Linear(C, kv, bias=False)  # from the self-attention's; they start at zero
         self.recency = 3.0  # how much a read prefers what was written later
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
@@ -179,10 +178,11 @@ class Memory(nn.Module):
         self.register_buffer("outside", chunks >= torch.maximum(i * T // N + 1, (i + 1) * T // N), persistent=False)
         self.register_buffer("chunks", chunks.clamp(max=T - 1), persistent=False)
 
-    def read(self, h, hq, M, attn):
-        """h (B, T, C), hq = h W_Q of attn, the block's self-attention; M (B, N, C + 1). Returns E_gated (B, T, C)."""
+    def read(self, q, M, attn):
+        """Queries q (B, H, T, D) of the tokens, M (B, N, C + 1), the block's self-attention. Returns E_gated (B, T, C)."""
         M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
-        q, k, v = self.project(h, hq, rms_norm(M, 1e-20).to(h.dtype), attn)  # tiny eps: a faded slot still counts
+        # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        none of them rotated: slots have no order
+        k, v = self.project(rms_norm(M, 1e-20).to(q.dtype), attn)  # (B, K, N, D); tiny eps: a faded slot still counts
         # of two slots that match alike, about one person say, the one written later shall win
         bias = -self.recency * torch.log1p(age)[:, None, None]  # (B, 1, 1, N)
         bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, 1 or H, 1 or T, N)
@@ -194,11 +194,10 @@ class Memory(nn.Module):
         # (2)  E_gated = g_out * E_mem                      printed with M_t for E_mem, whose shape does not fit
         return g_out * E_mem
 
-    def project(self, h, hq, m, attn):
-        """(1)  Q = E_t W_Q (B, H, T, D),  K = M_t W_K and V = M_t W_V (B, K, N, D). Not rotated: slots have no order."""
-        k = attn.heads(F.linear(m, attn.wk.weight + self.d_k.weight), norm=True)
-        v = attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
-        return attn.heads(hq + self.d_q(h), norm=True), k, v
+    def project(self, m, attn):
+        """Keys and values (B, K, N, D) of normalised slots m (B, N, C)."""
+        k = F.linear(m, attn.wk.weight + self.d_k.weight)
+        return attn.heads(k, norm=True), attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
 
     def best(self, q, k, scale, bias):
         """The bias (B, 1, 1, N) itself, or (B, H, T, N) with -inf for slots that are not among the token's top_k."""
@@ -249,10 +248,10 @@ class Block(nn.Module):
             if cache is not None:
                 cache["h"] = h[:, -1:]
             h = h + self.shift * torch.cat((before, h[:, :-1]), dim=1)
-        y, hq = self.attn(h, rope, cache)
+        y, q = self.attn(h, rope, cache)
         if self.memory is not None:
             # (3)  E_next = E_attn + E_gated                one output projection serves both
-            y = y + self.memory.read(h, hq, M, self.attn)
+            y = y + self.memory.read(q, M, self.attn)
         x = x + self.attn.wo(y)
         return x + self.mlp(self.norm2(x)), h
 
@@ -296,7 +295,7 @@ class LM2(nn.Module):
         for memory in (block.memory for block in self.blocks if block.memory is not None):
             for linear in (memory.w_out, memory.w_in, memory.u_in, memory.w_forget, memory.u_forget):
                 normal(linear.weight, linear.in_features**-0.5)
-            for weight in (memory.d_q.weight, memory.d_k.weight, memory.d_v.weight, memory.salience):
+            for weight in (memory.d_k.weight, memory.d_v.weight, memory.salience):
                 weight.zero_()  # salience: all tokens alike
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.w_out.bias.zero_()
@@ -403,7 +402,7 @@ class LM2(nn.Module):
         segments and batch (a batch of one gets its own). Names of weights stay as they are. Prompts and answers are of
         all lengths; they stay as they are too. options: torch.compile's.
         """
-        plain, compiled = self.segment, torch.compile(self.segment, fullgraph=True, **options)
+        plain, compiled = self.segment, torch.compile(self.segment, fullgraph=True, dynamic=False, **options)
 
         def segment(idx, memory, cache=None, start=0):
             if cache is not None or idx.size(1) < self.config.block_size:
@@ -478,6 +477,6 @@ class LM2(nn.Module):
         L = sum(block.memory is not None for block in self.blocks)
         decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
         per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
-        per_token = decoder + L * (2 * c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with query and output gate
+        per_token = decoder + L * (c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with the output gate
         attended = c.n_layer * c.block_size + L * c.memory_slots  # self-attention; read
         return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

@@ -2,8 +2,8 @@
 The main job with another rule for writing or reading the memory: the evidence for the default. Takes train.py's flags after
 the rule's name.
 
-$ python tests/variants.py shared --out_dir=out-shared      # reads with W_Q, W_K, W_V of the block's self-attention alone
-$ python tests/variants.py independent                      # reads with W_Q, W_K, W_V of its own, drawn independently
+$ python tests/variants.py shared --out_dir=out-shared      # reads with W_K and W_V of the block's self-attention alone
+$ python tests/variants.py independent                      # reads with W_K and W_V of its own, drawn independently
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
 $ python tests/variants.py blunt                            # the salience without its factor of 8
@@ -29,17 +29,17 @@ class SharedRead(model.Memory):
 
     def __init__(self, config):
         super().__init__(config)
-        for linear in (self.d_q, self.d_k, self.d_v):
+        for linear in (self.d_k, self.d_v):
             linear.requires_grad_(False)
 
 
 class IndependentRead(model.Memory):
     """What is a difference in the default is the whole matrix here."""
 
-    drawn = ("d_q", "d_k", "d_v")
+    drawn = ("d_k", "d_v")
 
-    def project(self, h, hq, m, attn):
-        return attn.heads(self.d_q(h), norm=True), attn.heads(self.d_k(m), norm=True), attn.heads(self.d_v(m))
+    def project(self, m, attn):
+        return attn.heads(self.d_k(m), norm=True), attn.heads(self.d_v(m))
 
 
 class TimelessRead(model.Memory):
