@@ -355,10 +355,8 @@ class LM2(nn.Module):
         return (x[:, :-N], x[None, :, -N:].float()) if full else (x, memory)
 
     def loss(self, logits, targets, weights):
-        """Cross-entropy of logits (..., V) averaged by weight over the targets (...) that are not -1; 0 if none is. A scalar."""
-        weights = weights * (targets != -1)
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction="none")
-        return (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-20)
+        """Cross-entropy of logits (n, V) against targets (n,), nothing where they are -1, summed by weight. A scalar."""
+        return (F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none") * weights).sum()
 
     def forward(self, idx, targets=None, memory=None, weights=None):
         """
@@ -371,12 +369,13 @@ class LM2(nn.Module):
             raise ValueError(f"a segment holds {self.config.block_size} tokens, not {idx.size(1)}: use unroll")
         return self.unroll(idx, targets, memory, weights)
 
-    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0, checkpoint_segments=False, only_targets=False):
+    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0, checkpoint_segments=False, logits_at=None):
         """
         Any number of segments, the memory carried through; arguments and returns as forward's, over all S*T
-        tokens, the loss normalised once over all targets. Gradients cross every border, unless bptt_segments > 0
+        tokens, the loss averaged once over all targets, by weight. Gradients cross every border, unless bptt_segments > 0
         cuts them after every so many. checkpoint_segments: what a segment computed is not kept for the backward pass,
-        but computed again. only_targets: no logits where there is no target; they are (n, V), in the targets' order.
+        but computed again. logits_at (B, S*T) bool: return logits (n, V) of these tokens alone; for the loss they are then
+        computed where there is a target, in small pieces.
         """
         memory, states = self.initial_memory(idx.size(0)) if memory is None else memory, []
         for s, part in enumerate(idx.split(self.config.block_size, dim=1)):
@@ -388,13 +387,17 @@ class LM2(nn.Module):
                 x, memory = self.segment(part, memory)
             states.append(x)
         x = torch.cat(states, dim=1)  # (B, S*T, C)
-        if targets is not None:
-            weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-            if only_targets:
-                there = targets != -1
-                x, targets, weights = x[there], targets[there], weights[there]  # (n, C), (n,), (n,)
-        logits = self.head(x)  # (B, S*T, V) or (n, V)
-        return logits, None if targets is None else self.loss(logits, targets, weights), memory
+        logits = self.head(x if logits_at is None else x[logits_at])  # (B, S*T, V) or (n, V)
+        if targets is None:
+            return logits, None, memory
+        there = targets != -1
+        weights = there.float() if weights is None else weights * there  # (B, S*T)
+        if logits_at is None:
+            loss = self.loss(logits.flatten(0, 1), targets.flatten(), weights.flatten())
+        else:  # large arrays, of all the logits, are slow on a CPU: every step they come fresh from the operating system
+            pieces = zip(*(part[there].split(1024) for part in (x, targets, weights)))
+            loss = sum(self.loss(self.head(x), t, w) for x, t, w in pieces)
+        return logits, loss / weights.sum().clamp(min=1e-20), memory
 
     def compile(self, **options):
         """

@@ -444,12 +444,11 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             with network.no_sync() if world > 1 and not last else nullcontext():
                 with amp:
                     logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments,
-                                              checkpoint_segments=args.checkpoint_segments, only_targets=True)
+                                              checkpoint_segments=args.checkpoint_segments, logits_at=first)
                 loss = loss * weights.sum()
                 (loss * world).backward()  # DistributedDataParallel averages over the processes
             losses += loss.item()
-            there = targets != -1
-            right += (logits.detach()[first[there]].argmax(-1) == targets[first]).sum().item()
+            right += (logits.argmax(-1) == targets[first]).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
         losses, right = total(losses, right)
         accuracy = right / n_first

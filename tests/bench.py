@@ -56,10 +56,11 @@ def training_step(model, B, S, bfloat16=False, **how):
     device, c = model.embed.weight.device, model.config
     idx = torch.randint(c.vocab_size, (B, S * c.block_size), generator=torch.Generator().manual_seed(0)).to(device)
     targets = idx.roll(-1, dims=1)
+    nowhere = torch.zeros_like(idx, dtype=torch.bool)
 
     def step():
         with torch.autocast(device.type, dtype=torch.bfloat16) if bfloat16 else nullcontext():
-            loss = model.unroll(idx, targets, **how)[1]
+            loss = model.unroll(idx, targets, logits_at=nowhere, **how)[1]
         loss.backward()
         model.zero_grad(set_to_none=True)
         sync(device)
@@ -134,7 +135,7 @@ def compare_training(device, rounds, config, B, S, compiled=(False, True), dtype
         for c in compiled:
             for kind in "none", "lm2", "rmt":
                 models[kind, c, bfloat16] = build(device, c, **{**config, "memory_type": kind})
-                steps[kind, c, bfloat16] = training_step(models[kind, c, bfloat16], B, S, bfloat16, only_targets=True)
+                steps[kind, c, bfloat16] = training_step(models[kind, c, bfloat16], B, S, bfloat16)
     seconds, first = in_turns(steps, rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     flops = next((f for gpu, f in PEAK.items() if gpu in name), None)
@@ -255,9 +256,9 @@ def bench_data(device, rounds):
         composing, computing = [], []
         for r in range(rounds + 1):
             start = time.perf_counter()
-            idx, targets, _, _ = (part.to(device) for part in batches[r, S, S > 1][1])
+            idx, targets, _, first = (part.to(device) for part in batches[r, S, S > 1][1])
             middle = time.perf_counter()
-            model.unroll(idx, targets, only_targets=True)[1].backward()
+            model.unroll(idx, targets, logits_at=first)[1].backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -274,7 +275,7 @@ def bench_data(device, rounds):
 def bench_profile(device, rounds):
     """Where the time of a training step of the main job goes."""
     model = build(device, **MAIN)
-    step = training_step(model, 16, 4, only_targets=True)
+    step = training_step(model, 16, 4)
     step()
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
