@@ -235,10 +235,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
+        self.memory = Memory(config) if has_memory else None
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
-        self.memory = Memory(config) if has_memory else None
 
     def forward(self, x, rope, M=None, cache=None):
         """x (B, T, C), M (B, N, C + 1) where the block has a memory. Returns x and h (B, T, C), what a write needs."""
@@ -279,6 +279,8 @@ class LM2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Sets every parameter. The decoder is drawn before its memory, so one seed gives all types one decoder."""
+        if self.embed.weight.is_meta:
+            return  # there is nothing to set: somebody counts the parameters
         g = torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device

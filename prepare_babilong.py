@@ -327,8 +327,9 @@ def read_background(paths=None):
     return sentences
 
 
-# a newline is always a token of its own; a word takes along the space before it; every character matches something
-PATTERN = r"\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?=[^\S\n])|[^\S\n]"
+# a newline is always a token of its own; a word takes along the space before it; every character matches something;
+# the bound is for the regular expressions of tiktoken, which a million spaces in a row would overflow
+PATTERN = r"\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]{1,64}(?=[^\S\n])|[^\S\n]"
 
 
 def train_tokenizer(sentences, vocab_size):
@@ -576,9 +577,11 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
         for name, text in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        old = temporary.with_name(temporary.name + ".old")
         if data_dir.exists():
-            shutil.rmtree(data_dir)
+            data_dir.rename(old)
         temporary.rename(data_dir)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta

@@ -126,6 +126,10 @@ def main(args):
         text = babilong.read_text(text[5:])
     if not text.strip() and not args.interactive:
         raise ValueError("--start holds no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("--start is not text in UTF-8") from None
     torch.manual_seed(args.seed)
     reader = Reader(*load_model(load_checkpoint(args.out_dir), pick_device(args.device)))
     if args.memory_file:

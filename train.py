@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
@@ -45,7 +45,8 @@ def several(kind):
 
 def get_parser():
     parser = Parser("Trains LM2, or a baseline, and evaluates it.")
-    count, positive, share, switch = number(int, 0), number(int, 1), number(float, 0, 1), argparse.BooleanOptionalAction
+    count, positive, share, switch = number(int, 0, 10**9), number(int, 1, 10**9), number(float, 0, 1), argparse.BooleanOptionalAction
+    small, wide = number(int, 1, 1000), number(int, 1, 2**16)
     g = parser.add_argument_group("run")
     g.add_argument("--out_dir", default="out", help="folder for checkpoint, log and results")
     g.add_argument("--init_from", default="scratch", choices=("scratch", "resume"), help="start anew, or go on from out_dir")
@@ -53,14 +54,14 @@ def get_parser():
     g.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
     g.add_argument("--eval_interval", type=count, default=500, help="steps between short evaluations; 0: none")
     g.add_argument("--device", default="auto", help="cuda, mps, cpu, cuda:1, ...; auto: the best there is")
-    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on cuda, else float32")
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float64"), help="auto: bfloat16 on cuda, else float32")
     g.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on cuda")
-    g.add_argument("--data_workers", type=count, help="processes that compose the coming batches meanwhile; default: 4 on cuda, else 0, "
+    g.add_argument("--data_workers", type=number(int, 0, 64), help="processes that compose the coming batches meanwhile; default: 4 on cuda, else 0, "
                    "where they would take what the model computes on")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_only", action="store_true", help="do not train: load out_dir and print the table")
     g.add_argument("--eval_lengths", type=several(babilong.length), default="0k", metavar="0k,4k", help="rows of the table: lengths as in BABILong")
-    g.add_argument("--eval_segments", type=several(positive), default="1,2,4,8,16,32", metavar="1,2",
+    g.add_argument("--eval_segments", type=several(number(int, 1, 10**6)), default="1,2,4,8,16,32", metavar="1,2",
                    help="rows of the table: segments")
     g.add_argument("--eval_samples", type=positive, default=500, help="samples of each task and row; a tenth beyond 8k")
     g.add_argument("--intervention", default="none", choices=("none", "reset", "swap"), help="before the last segment, reset the "
@@ -74,17 +75,17 @@ def get_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data_dir", default="data/babilong", help="folder of prepare_babilong.py; written with its defaults if missing")
     g.add_argument("--tasks", default="qa1", help="bAbI tasks, like qa1,qa2, or all")
-    g.add_argument("--data_block_size", type=count, default=0,
+    g.add_argument("--data_block_size", type=number(int, 0, 2**20), default=0,
                    help="tokens of a segment in curriculum and table, for a window (block_size) of several; 0: block_size")
     g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of weights and training samples")
     g = parser.add_argument_group("model")
-    g.add_argument("--block_size", type=positive, default=64, help="tokens of a segment, all that self-attention sees")
-    g.add_argument("--n_layer", type=positive, default=3, help="decoder blocks")
-    g.add_argument("--n_head", type=positive, default=4, help="attention heads")
+    g.add_argument("--block_size", type=number(int, 1, 2**20), default=64, help="tokens of a segment, all that self-attention sees")
+    g.add_argument("--n_layer", type=small, default=3, help="decoder blocks")
+    g.add_argument("--n_head", type=wide, default=4, help="attention heads")
     g.add_argument("--n_kv_head", type=count, default=0, help="key-value heads; 0: n_head")
-    g.add_argument("--n_embd", type=positive, default=96, help="width")
+    g.add_argument("--n_embd", type=wide, default=96, help="width")
     g.add_argument("--memory_type", default="lm2", choices=("lm2", "rmt", "none"), help="the memory, or a baseline")
-    g.add_argument("--memory_slots", type=count, default=16, help="slots of each bank, or memory tokens of RMT; 0: no memory")
+    g.add_argument("--memory_slots", type=number(int, 0, 2**16), default=16, help="slots of each bank, or memory tokens of RMT; 0: no memory")
     g.add_argument("--n_memory_layers", type=count, default=0, help="blocks with a bank, from the first on; 0: all")
     g.add_argument("--memory_top_k", type=count, default=0, help="a token reads its k best slots; 0: all")
     g.add_argument("--forget_bias", type=number(float, -20, 20), default=2.0, help="of the forget gate, at the start")
@@ -101,7 +102,7 @@ def get_parser():
     g.add_argument("--weight_decay", type=number(float, 0, 10), default=0.0, help="of matrices")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.9, help="AdamW's")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.98, help="AdamW's")
-    g.add_argument("--grad_clip", type=number(float, 0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    g.add_argument("--grad_clip", type=number(float, 0, 1e9), default=1.0, help="largest norm of the gradient; 0: no limit")
     g.add_argument("--warmup_iters", type=count, default=50, help="steps until the learning rate is at its peak")
     g.add_argument("--decay_share", type=share, default=0.4, help="share of the steps, at the end, in which it falls to zero")
     g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0,
@@ -137,10 +138,14 @@ def parse_args(argv=None):
         config = model_config(args, vocab_size=1)
         args.tasks = babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
         for name, value in checkpoint["config"].items() if checkpoint else ():
-            if name != "vocab_size" and getattr(config, name) != value:
-                raise ValueError(f"--{name}={getattr(config, name)}, but the checkpoint in {args.out_dir} has {value}")
+            if name != "vocab_size" and (here := getattr(config, name, None)) != value:
+                raise ValueError(f"--{name}={here}, but the checkpoint in {args.out_dir} has {value}")
         if not args.curriculum:
             raise ValueError("--curriculum must name at least one number of segments")
+        if checkpoint and len(args.curriculum) < checkpoint["stage"]:
+            raise ValueError(f"--curriculum has {len(args.curriculum)} stages, but the checkpoint is in stage {checkpoint['stage']}")
+        if args.results and not Path(args.results).absolute().parent.is_dir():
+            raise ValueError(f"--results={args.results}: there is no such folder")
         share = args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
         if not args.eval_only and args.batch_size < max(args.curriculum) * share:
             raise ValueError(f"--batch_size must be at least {max(args.curriculum) * share}: the curriculum's most segments, times "
@@ -162,28 +167,48 @@ def model_config(args, vocab_size):
 # -----------------------------------------------------------------------------
 # checkpoints
 
+FORMAT = 1  # of the checkpoints
+PARTS = {"model": dict, "config": dict, "iter_num": int, "stage": int, "began": int, "running": float, "optimizers": list,
+         "rng": torch.Tensor, "args": dict, "tokenizer": str, "data": str, "log_size": int}
+
+
 def save_checkpoint(out_dir, checkpoint):
-    """Writes out_dir/ckpt.pt so that a kill at any moment leaves the old file or the new one, whole."""
-    path = Path(out_dir, "ckpt.pt")
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """
+    Writes out_dir/ckpt.pt; the one before becomes ckpt.previous.pt. A kill at any moment leaves a whole ckpt.pt, the old one
+    or the new one. Raises OSError, and leaves the old one, if the disk is full or the like.
+    """
+    path, new, previous = (Path(out_dir, name) for name in ("ckpt.pt", "ckpt.pt.tmp", "ckpt.previous.pt"))
+    try:
+        with open(new, "wb") as f:
+            torch.save({"format": FORMAT, **checkpoint}, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch.save has its own error for a full disk
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({str(e).splitlines()[0]}); the checkpoint before it is kept") from None
+    if path.exists():
+        previous.unlink(missing_ok=True)
+        with suppress(OSError):  # not every file system has links
+            os.link(path, previous)
+    os.replace(new, path)
 
 
 def load_checkpoint(out_dir):
     """The dict of out_dir/ckpt.pt, on the CPU. Raises ValueError where there is none that can be used."""
-    path = Path(out_dir, "ckpt.pt")
+    path, previous = Path(out_dir, "ckpt.pt"), Path(out_dir, "ckpt.previous.pt")
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}: train first, or name another --out_dir")
+    advice = f". The one before it is {previous}: copy it to {path} to go on from there" if previous.exists() else ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "config", "iter_num", "tokenizer", "args"} - checkpoint.keys()
+        version = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+        bad = [name for name, kind in PARTS.items() if not isinstance(checkpoint.get(name), kind)] if version == FORMAT else []
     except Exception as e:  # torch.load raises many kinds for a file that is damaged or not its own
-        raise ValueError(f"{path} is not a checkpoint of train.py, or damaged ({type(e).__name__})") from None
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is not a checkpoint of train.py, or damaged ({type(e).__name__}){advice}") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of train.py, or one of another version (format {version}, not {FORMAT}){advice}")
+    if bad:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(bad)}{advice}")
     return checkpoint
 
 
@@ -195,6 +220,18 @@ def load_model(checkpoint, device):
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"the checkpoint's model does not fit its config: {str(e).splitlines()[0]}") from None
     return model.to(device), babilong.parse_tokenizer(checkpoint["tokenizer"])
+
+
+def check_size(config, device):
+    """Raises ValueError for a model that, with gradients and two moments a weight, is larger than the device's memory."""
+    with torch.device("meta"):
+        model = LM2(config)
+    need = sum(16 * p.numel() for p in model.parameters()) + sum(4 * b.numel() for b in model.buffers())
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    if device.type != "cuda" and hasattr(os, "sysconf"):  # not on Windows
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(f"the model needs {need / 2**30:.0f} GiB and {device} has {have / 2**30:.0f}: lower --n_embd, --n_layer or --block_size")
 
 
 def pick_device(name):
@@ -369,6 +406,14 @@ class Batches(Dataset):
         return key, tuple(map(torch.from_numpy, (idx, targets, answer, first)))
 
 
+def culprit(model):
+    """Which parameter is not finite or, if all are, has a gradient that is not: the last one, where a backward pass begins."""
+    named = list(model.named_parameters())
+    bad = [f"{name}" for name, p in named if not p.isfinite().all()]
+    bad += [f"the gradient of {name}" for name, p in reversed(named) if p.grad is not None and not p.grad.isfinite().all()]
+    return bad[0] if bad else "no single parameter"
+
+
 def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     """The loop. Returns True if it came to its end, False if a signal stopped it (with a checkpoint written)."""
     out, master = Path(args.out_dir), rank == 0
@@ -378,13 +423,16 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     # the curriculum: stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments
     stages, stage, began, running, it = [1] + args.curriculum, 0, 0, 0.0, 0
     if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        try:
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"the checkpoint's optimizers are not these ({e}): --muon_lr cannot become zero, or more than zero") from None
         stage, began, running, it = (checkpoint[name] for name in ("stage", "began", "running", "iter_num"))
         torch.set_rng_state(checkpoint["rng"])
     log = None
     if master:
-        log = open(out / "log.jsonl", "a" if checkpoint else "w")
+        log = open(out / "log.jsonl", "a" if checkpoint else "w", buffering=1)  # a line at a time
         log.truncate(checkpoint["log_size"] if checkpoint else 0)
     network = Unroll(model)
     if world > 1:  # batches of one segment leave the memory's write without gradient
@@ -394,7 +442,6 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         signal.signal(name, lambda number, _: stopped.append(number))
 
     def save():
-        log.flush()
         save_checkpoint(out, {
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "began": began,
             "running": running, "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
@@ -407,7 +454,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     def total(*values):  # over all processes
         values = torch.tensor(values, dtype=torch.float64)
         if world > 1:
-            values = values.to(device, torch.float32)
+            values = values.to(device)
             dist.all_reduce(values)
         return values.tolist()
 
@@ -421,6 +468,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     workers = args.data_workers if args.data_workers is not None else 4 if device.type == "cuda" else 0
     ahead = iter(DataLoader(batches, batch_size=None, sampler=map(shape, range(it, args.max_iters)), num_workers=workers,
                             generator=torch.Generator()))  # its own, so that a resumed run finds torch's where it was
+    if master and not checkpoint:
+        save()  # so that there is something to resume from the first step on
     bar = tqdm(total=args.max_iters, initial=it, unit="step", disable=None if master else True)  # None: only on a terminal
     clock, seen, stop = time.perf_counter(), 0, False
     while it < args.max_iters:
@@ -453,8 +502,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         losses, right = total(losses, right)
         accuracy = right / n_first
         if not math.isfinite(losses + norm):
-            sys.exit(f"train.py: error: at step {it} the loss is {losses} and the gradient's norm {norm}: lower the learning rates. "
-                     "The last checkpoint is kept")
+            raise ValueError(f"at step {it} (samples {args.seed}/{it}) the loss is {losses} and the gradient's norm {norm}, first "
+                             f"in {culprit(model)}: lower the learning rates. The last checkpoint is kept")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -508,12 +557,18 @@ def main(args, checkpoint):
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     amp = torch.autocast(device.type, dtype=torch.bfloat16) if bfloat16 else nullcontext()
 
-    if not Path(args.data_dir, "meta.json").exists() and rank == 0:
-        print(f"preparing the data in {args.data_dir}")
-        babilong.write_data(args.data_dir)
-    if world > 1:
-        dist.barrier()
+    for my_turn in rank == 0, os.environ.get("LOCAL_RANK", "0") == "0":  # once; then on every machine that has another disk
+        if my_turn and not Path(args.data_dir, "meta.json").exists():
+            print(f"preparing the data in {args.data_dir}")
+            babilong.write_data(args.data_dir)
+        if world > 1:
+            dist.barrier()
     training, held_out, meta = babilong.load_data(args.data_dir, args.data_block_size or args.block_size)
+    if world > 1:
+        hashes = [None] * world
+        dist.all_gather_object(hashes, meta["hash"])
+        if set(hashes) != {meta["hash"]}:
+            raise ValueError(f"the processes have different data in {args.data_dir} ({', '.join(sorted(set(hashes)))}): copy one to all machines")
     # before the training, so that a mistake in them shows at once
     stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
     sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
@@ -527,7 +582,11 @@ def main(args, checkpoint):
         if not args.eval_only and checkpoint["data"] != meta["hash"]:
             raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir}: its hash was {checkpoint['data']}")
     else:
-        model = LM2(model_config(args, training.encoding.n_vocab)).to(device)
+        config = model_config(args, training.encoding.n_vocab)
+        check_size(config, device)
+        model = LM2(config).to(device)
+    if args.dtype == "float64":
+        model.double()
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         model.compile()  # in place: checkpoints keep their names
 
@@ -537,6 +596,7 @@ def main(args, checkpoint):
             out.mkdir(parents=True, exist_ok=True)
             if not checkpoint and (out / "ckpt.pt").exists():
                 os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
+                (out / "ckpt.previous.pt").unlink(missing_ok=True)
                 print(f"{out} holds an earlier run; its checkpoint is now {out}/ckpt.old.pt")
             c = model.config
             print(f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory), memory {c.memory_type} "
@@ -573,5 +633,12 @@ if __name__ == "__main__":
         sys.exit(main(*parse_args()))
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: error: {e}")
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in reason:
+            sys.exit(f"train.py: error: the memory is full: lower --batch_size, or raise --gradient_accumulation_steps ({reason})")
+        if dist.is_initialized():
+            sys.exit(f"train.py: error: another process has ended, or cannot be reached ({reason})")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,6 +10,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import prepare_babilong as babilong  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs only with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))
+
+
 @pytest.fixture(scope="session")
 def haystack(tmp_path_factory):
     """A text file of 2,000 sentences over a small vocabulary."""
