@@ -354,10 +354,11 @@ def test_what_is_no_unicode_is_refused(trained):
 
 
 @slow
-def test_ten_megabytes_without_a_full_stop(encoding, trained):
+def test_ten_megabytes_without_a_full_stop(encoding):
     text = "Mary went to the office " * 420_000
     assert len(text) > 10_000_000 and encoding.decode(encoding.encode_ordinary(text)) == text
-    reader = sample.Reader(*train.load_model(train.load_checkpoint(trained), "cpu"))
+    config = LM2Config(block_size=2048, vocab_size=encoding.n_vocab, n_layer=1, n_head=1, n_embd=16, memory_slots=4)
+    reader = sample.Reader(LM2(config), encoding)
     reader.read(text)
     assert reader.state[0].isfinite().all()
 
@@ -386,13 +387,13 @@ def test_culprit_is_where_the_backward_pass_broke():
 @slow
 def test_memory_stays_finite_in_bfloat16_over_a_million_tokens():
     torch.manual_seed(0)
-    model = LM2(LM2Config(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=32, memory_slots=8, qk_norm=True, forget_bias=20.0))
+    model = LM2(LM2Config(block_size=256, vocab_size=512, n_layer=2, n_head=2, n_embd=32, memory_slots=8, qk_norm=True, forget_bias=20.0))
     state = None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for piece in range(16):
             _, state = model.generate(torch.randint(512, (1, 2**16)), 0, state)
             assert state[0].dtype == torch.float32 and state[0].isfinite().all()
-        logits = model(torch.randint(512, (1, 64)), memory=state[0])[0]
+        logits = model(torch.randint(512, (1, 256)), memory=state[0])[0]
     assert logits.isfinite().all()
     for block, M in zip(model.blocks, state[0]):
         q = torch.randn(1, 2, 64, 16)
