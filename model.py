@@ -38,6 +38,7 @@ The alternatives stand in tests/variants.py, what was measured in the README.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -380,13 +381,11 @@ class LM2(nn.Module):
         computed where there is a target, in small pieces.
         """
         memory, states = self.initial_memory(idx.size(0)) if memory is None else memory, []
+        run = partial(checkpoint, use_reentrant=False) if checkpoint_segments else lambda function, *args: function(*args)
         for s, part in enumerate(idx.split(self.config.block_size, dim=1)):
             if s and bptt_segments and s % bptt_segments == 0:
                 memory = memory.detach()
-            if checkpoint_segments:
-                x, memory = checkpoint(self.segment, part, memory, use_reentrant=False)
-            else:
-                x, memory = self.segment(part, memory)
+            x, memory = run(self.segment, part, memory)
             states.append(x)
         x = torch.cat(states, dim=1)  # (B, S*T, C)
         logits = self.head(x if logits_at is None else x[logits_at])  # (B, S*T, V) or (n, V)
@@ -398,7 +397,7 @@ class LM2(nn.Module):
             loss = self.loss(logits.flatten(0, 1), targets.flatten(), weights.flatten())
         else:  # large arrays, of all the logits, are slow on a CPU: every step they come fresh from the operating system
             pieces = zip(*(part[there].split(1024) for part in (x, targets, weights)))
-            loss = sum(self.loss(self.head(x), t, w) for x, t, w in pieces)
+            loss = sum(run(lambda x, t, w: self.loss(self.head(x), t, w), *piece) for piece in pieces)
         return logits, loss / weights.sum().clamp(min=1e-20), memory
 
     def compile(self, **options):

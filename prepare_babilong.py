@@ -402,9 +402,9 @@ Sample = namedtuple("Sample", "tokens answers prompt question target facts suppo
 
 def parse_length(length):
     """Characters of text in a length like '0k', '4k' or '1M'. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+)([kM])", length)
+    match = re.fullmatch(r"(\d{1,3})([kM])", length, re.ASCII)
     if not match:
-        raise ValueError(f"a length is a number of k or M, like 0k, 4k or 1M, not {length!r}")
+        raise ValueError(f"a length is up to three digits and k or M, like 0k, 4k or 1M, not {length!r}")
     return int(match[1]) * CHARS_PER_1K * (1000 if match[2] == "M" else 1)
 
 
@@ -657,18 +657,23 @@ def parse_tasks(text):
     return tasks
 
 
-def main():
+def get_parser():
     parser = Parser("Writes the data, or shows a sample of it.")
     parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
     parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
     parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
     parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
     parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer, at most")
-    parser.add_argument("--seed", type=number(int, 0), default=1337, help="of the evaluation stories")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the evaluation stories")
     parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
     parser.add_argument("--length", type=length, help="of the sample shown, like 0k or 4k; default: --segments")
-    parser.add_argument("--segments", type=number(int, 1), default=4, help="of the sample shown")
-    parser.add_argument("--block_size", type=number(int, 1), default=64, help="tokens of a segment of the sample shown")
+    parser.add_argument("--segments", type=number(int, 1, 10**6), default=4, help="of the sample shown")
+    parser.add_argument("--block_size", type=number(int, 1, 2**20), default=64, help="tokens of a segment of the sample shown")
+    return parser
+
+
+def main():
+    parser = get_parser()
     args = parser.parse_args()
     try:
         tasks = parse_tasks(args.tasks)

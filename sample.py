@@ -108,11 +108,11 @@ def get_parser():
     parser.add_argument("--start", default="Mary went to the office. John moved to the garden. Where is Mary?",
                         help="the text to read, or FILE:path; a question at its end is answered")
     parser.add_argument("--interactive", action="store_true", help="read the lines that are typed, answer those that end in ?")
-    parser.add_argument("--max_new_tokens", type=number(int, 0), default=100, help="how far a text is continued")
-    parser.add_argument("--answer_tokens", type=number(int, 1), default=8, help="how long an answer can get")
+    parser.add_argument("--max_new_tokens", type=number(int, 0, 10**9), default=100, help="how far a text is continued")
+    parser.add_argument("--answer_tokens", type=number(int, 1, 10**9), default=8, help="how long an answer can get")
     parser.add_argument("--temperature", type=number(float, 0, 100),
                         help="0: always the likeliest token; default: 0 for a question, else 0.8")
-    parser.add_argument("--top_k", type=number(int, 0), default=50, help="sample from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_k", type=number(int, 0, 10**9), default=50, help="sample from the k likeliest tokens; 0: from all")
     parser.add_argument("--memory_file", metavar="FILE", help="start from a memory saved earlier")
     parser.add_argument("--save_memory", metavar="FILE", help="save the memory at the end")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is")

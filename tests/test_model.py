@@ -288,11 +288,12 @@ def test_cheaper_ways_compute_the_same(memory_type):
     assert torch.equal(logits, again[0]) and torch.equal(memory, again[2])
     some = tokens(2, 32, seed=3) < 5
     few = gradients(model, idx, targets, weights=weights, logits_at=some)
+    both = gradients(model, idx, targets, weights=weights, logits_at=some, checkpoint_segments=True)
     torch.testing.assert_close(few[0], logits[some])
     model.compile(backend="eager")
     compiled = gradients(model, idx, targets, weights=weights)
     torch.testing.assert_close(compiled[0], logits)
-    for _, other, _, others in (again, few, compiled):
+    for _, other, _, others in (again, few, both, compiled):
         torch.testing.assert_close(other, loss)
         torch.testing.assert_close(others, grads)
 

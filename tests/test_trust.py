@@ -286,11 +286,14 @@ def refused(capsys, call):
         return str(e)
 
 
-@pytest.mark.parametrize("action", [a for a in ACTIONS if a.type], ids=lambda a: a.dest)
-def test_every_flag_names_itself_and_its_range(action, capsys):
-    complaints = 0
+TYPED = [(program, a) for program in (train, sample, babilong) for a in program.get_parser()._actions if a.type]
+
+
+@pytest.mark.parametrize("program, action", TYPED, ids=lambda x: getattr(x, "dest", None) or x.__name__)
+def test_every_flag_names_itself_and_its_range(program, action, capsys):
+    complaints, parse = 0, train.parse_args if program is train else program.get_parser().parse_args
     for value in SENSELESS:
-        line = refused(capsys, lambda: train.parse_args([f"{action.option_strings[0]}={value}"]))
+        line = refused(capsys, lambda: parse([f"{action.option_strings[0]}={value}"]))
         complaints += line is not None
         assert line is None or re.search(rf"\b{action.dest}\b", line), (value, line)
         assert line is None or re.search(r"from .* (to|on)|must|a length is|stands? |needs|too", line), (value, line)
