@@ -112,7 +112,6 @@ class World:
         def moves(person, after=0, before=math.inf):
             return [e for e in events if e.kind == "move" and e.who == person and after < e.line < before]
 
-        handled = [e for e in events if e.kind != "move" and e.what == thing]  # unless the focus is a move
         if task == "qa1":
             last = moves(who)[-1]
             return f"Where is {who}?", last.what, (last.line,)
@@ -120,6 +119,7 @@ class World:
             last = moves(who)[-1]
             place = last.what if rng.random() < 0.5 else rng.choice([p for p in PLACES if p != last.what])
             return f"Is {who} in the {place}?", "yes" if place == last.what else "no", (last.line,)
+        handled = [e for e in events if e.kind != "move" and e.what == thing]
         if task == "qa2":
             last = handled[-1]
             known = moves(last.who, before=last.line) if last.kind == "drop" else moves(last.who, after=last.line)
@@ -436,6 +436,7 @@ class Babilong:
         if not self.haystack:
             raise ValueError(f"the background has no sentence of {MIN_TOKENS} tokens or more")
         self.chars = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
+        self.ones = [1] * encoding.n_vocab
         # every answer of a task takes the room of the longest: its position must not tell how long it is
         self.room = {task: max(len(self.encode(written(a))) for a in (*LABELS[task], *LISTS.get(task, ()))) for task in TASKS}
 
@@ -484,7 +485,7 @@ class Babilong:
 
     def compose(self, task, rng, story, segments, length, dense, noise):
         """The Sample of a story that ends with a question, or None if it does not fit."""
-        T, each = self.block_size, [1] * len(self.chars)
+        T = self.block_size
         n = 1  # how many questions end the story
         while dense and story[-n - 1].answer:
             n += 1
@@ -496,7 +497,7 @@ class Babilong:
             spans.append((len(end) - len(answer), len(end)))
         end += [self.newline] * (self.room[task] - len(answer))
         # what the haystack may cost, in characters or tokens; keeping the questions in between whole takes up to `slack`
-        cost, slack = self.chars if length else each, sum(len(text + answer) - 1 for _, text, answer in parts if answer)
+        cost, slack = self.chars if length else self.ones, sum(len(text + answer) - 1 for _, text, answer in parts if answer)
         budget = parse_length(length) if length else segments * T - slack
         budget -= sum(cost[t] for t in chain(end, *(text + answer for _, text, answer in parts)))
         if len(end) > T or (budget < 0 and not length):
@@ -517,7 +518,7 @@ class Babilong:
                 facts[i] = (start, len(tokens))
         tokens += chain(*sentences[done:])
         gap = -(len(tokens) + len(end)) % T if length else segments * T - len(tokens) - len(end)
-        tokens += chain(*self.noise(rng, gap, each)) if noise and not length else [self.newline] * gap
+        tokens += chain(*self.noise(rng, gap, self.ones)) if noise and not length else [self.newline] * gap
         answers += [(len(tokens) + a, len(tokens) + b) for a, b in spans]
         question, target, support = story[-1]
         return Sample(np.array(tokens + end), answers, answers[-1][0], question, target, facts, support)
