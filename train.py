@@ -409,7 +409,7 @@ class Batches(Dataset):
 def culprit(model):
     """Which parameter is not finite or, if all are, has a gradient that is not: the last one, where a backward pass begins."""
     named = list(model.named_parameters())
-    bad = [f"{name}" for name, p in named if not p.isfinite().all()]
+    bad = [name for name, p in named if not p.isfinite().all()]
     bad += [f"the gradient of {name}" for name, p in reversed(named) if p.grad is not None and not p.grad.isfinite().all()]
     return bad[0] if bad else "no single parameter"
 
