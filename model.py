@@ -181,12 +181,7 @@ class Memory(nn.Module):
 
     def read(self, q, M, attn):
         """Queries q (B, H, T, D) of the tokens, M (B, N, C + 1), the block's self-attention. Returns E_gated (B, T, C)."""
-        M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
-        # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        none of them rotated: slots have no order
-        k, v = self.project(rms_norm(M, 1e-20).to(q.dtype), attn)  # (B, K, N, D); tiny eps: a faded slot still counts
-        # of two slots that match alike, about one person say, the one written later shall win
-        bias = -self.recency * torch.log1p(age)[:, None, None]  # (B, 1, 1, N)
-        bias = self.best(q, k, attn.scale, bias.to(q.dtype))  # (B, 1 or H, 1 or T, N)
+        k, v, bias = self.lookup(q, M, attn)
         # (1)  A = softmax(Q K^T / sqrt(d)), optionally over the top k slots;  E_mem = A V
         E_mem = F.scaled_dot_product_attention(q, k, v, bias, scale=attn.scale, enable_gqa=attn.grouped)  # (B, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2)  # (B, T, C)
@@ -195,17 +190,31 @@ class Memory(nn.Module):
         # (2)  E_gated = g_out * E_mem                      printed with M_t for E_mem, whose shape does not fit
         return g_out * E_mem
 
+    def lookup(self, q, M, attn):
+        """What the queries meet in the bank: keys and values (B, K, N, D), and what is added to their products."""
+        M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
+        # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        none of them rotated: slots have no order
+        k, v = self.project(rms_norm(M, 1e-20).to(q.dtype), attn)  # (B, K, N, D); tiny eps: a faded slot still counts
+        # of two slots that match alike, about one person say, the one written later shall win
+        bias = -self.recency * torch.log1p(age)[:, None, None].to(q.dtype)  # (B, 1, 1, N)
+        if self.top_k:
+            scores = self.scores(q, k, attn) + bias  # (B, H, T, N)
+            bias = torch.where(scores < scores.topk(self.top_k, dim=-1).values[..., -1:], -math.inf, bias)  # (B, H, T, N)
+        return k, v, bias
+
+    def scores(self, q, k, attn):
+        """Q K^T / sqrt(d), (B, H, T, N)."""
+        return q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * attn.scale
+
+    def attention(self, q, M, attn):
+        """A (B, H, T, N) of (1), to be looked at: `read` leaves it inside the fused attention. Arguments as read's."""
+        k, _, bias = self.lookup(q, M, attn)
+        return (self.scores(q, k, attn) + bias).softmax(dim=-1)
+
     def project(self, m, attn):
         """Keys and values (B, K, N, D) of normalised slots m (B, N, C)."""
         k = F.linear(m, attn.wk.weight + self.d_k.weight)
         return attn.heads(k, norm=True), attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
-
-    def best(self, q, k, scale, bias):
-        """The bias (B, 1, 1, N) itself, or (B, H, T, N) with -inf for slots that are not among the token's top_k."""
-        if self.top_k == 0:
-            return bias
-        scores = q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT * scale + bias  # (B, H, T, N)
-        return torch.where(scores < scores.topk(self.top_k, dim=-1).values[..., -1:], -math.inf, bias)
 
     def gather(self, h, m):
         """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N, 1), 0 to 1."""
@@ -215,15 +224,20 @@ class Memory(nn.Module):
         claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, w + 1)
         return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1:]
 
-    def write(self, h, M):
-        """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
-        M, age = M[..., :-1], M[..., -1:]  # (B, N, C), (B, N, 1)
-        m = rms_norm(M, 1e-20).to(h.dtype)  # (B, N, C)
-        c, claimed = self.gather(h, m)  # (B, N, C), (B, N, 1)
+    def gates(self, h, M):
+        """What write applies to the bank: the candidates c (B, N, C), claimed (B, N, 1), g_in and g_forget (B, N, C)."""
+        m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
+        c, claimed = self.gather(h, m)
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
         # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996
         g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
+        return c, claimed, g_in, g_forget
+
+    def write(self, h, M):
+        """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
+        c, claimed, g_in, g_forget = self.gates(h, M)
+        M, age = M[..., :-1], M[..., -1:]  # (B, N, C), (B, N, 1)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
         # age: chunks since the slot was written; chunk i of this segment is N - 1 - i before its end
@@ -474,13 +488,3 @@ class LM2(nn.Module):
         ]
         muon = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)] if muon_lr else []
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)] + muon
-
-    def estimate_mfu(self, tokens, seconds, peak_flops):
-        """Model FLOPs utilisation: the share of peak_flops (a second's) that training took. RMT's own tokens do not count."""
-        c, attn = self.config, self.blocks[0].attn
-        L = sum(block.memory is not None for block in self.blocks)
-        decoder = self.num_params(memory=False) - (0 if c.tie_embeddings else self.embed.weight.numel())
-        per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
-        per_token = decoder + L * (c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with the output gate
-        attended = c.n_layer * c.block_size + L * c.memory_slots  # self-attention; read
-        return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops

@@ -5,18 +5,24 @@ $ python sample.py --start="Mary went to the office. John took the milk. Where i
 $ python sample.py --start=FILE:story.txt --save_memory=story.mem      # read a story today,
 $ python sample.py --memory_file=story.mem --start="Where is Mary?"    # ask tomorrow
 $ python sample.py --interactive                                       # read what is typed, answer lines that end in ?
+$ python sample.py --heatmap=memory.svg --show_memory                  # which slots do the tokens read?
 """
 import codecs
 import hashlib
+import io
 import os
 import sys
+from functools import partial
+from html import escape
 from pathlib import Path
 
 import torch
 
 import prepare_babilong as babilong
 from prepare_babilong import Parser, number
-from train import load_checkpoint, load_model, pick_device
+from train import load_checkpoint, load_model, pick_device, several, svg, write_file
+
+STORY = "Mary went to the office. John moved to the garden. Where is Mary?"
 
 try:
     import readline  # noqa: F401  history and line editing for input(), where the platform has them
@@ -24,11 +30,117 @@ except ImportError:
     pass
 
 
+# -----------------------------------------------------------------------------
+# pictures of what the tokens read: the paper's Figure 6
+
+STEPS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # shares of a token's attention from which on a cell has the next colour
+SHADES, BLUES = " .:-=+#", (0, 17, 18, 25, 32, 39, 51)  # in a terminal: characters, and the colours behind them
+MOST = 64  # slots; of more, those that are read most
+
+
+def levels(attentions):
+    """Tensors (T, N) of shares, 0 to 1, as integers (T, n), 0 to 6, of the n slots that are shown; and which these are."""
+    most = sum(A.sum(dim=0) for A in attentions).topk(min(MOST, attentions[0].size(1))).indices.sort().values
+    return [torch.bucketize(A[:, most], torch.tensor(STEPS), right=True) for A in attentions], most.tolist()
+
+
+def label(text):
+    """A token's text, short, in characters that every viewer can show."""
+    text = "".join(c if c.isprintable() else "\u21b5" if c == "\n" else "\ufffd" for c in text)
+    return text if len(text) <= 14 else text[:13] + "\u2026"
+
+
+def heatmap(rows, tokens):
+    """An SVG, tokens down and slots across. rows: (title, {name: A (T, N)}) of each block, two A a row; tokens: T texts."""
+    left, wide, high, top, body = 116, 136, 16, 60, ['<text x="8" y="20">a token\u2019s attention to a slot, from</text>']
+    for i, step in enumerate(STEPS):
+        body.append(f'<path class="a{i + 1}" stroke-width="12" d="M{8 + 66 * i} 36h20"/><text x="{32 + 66 * i}" y="40">{step:.0%}</text>')
+    for title, attentions in rows:
+        panels, slots = levels([*attentions.values()])
+        body.append(f'<g transform="translate(0 {top})"><text x="8" y="16" font-weight="bold">{title}</text>'
+                    f'<text x="{left - 8}" y="36" text-anchor="end" class="small">slot</text>')
+        for t, token in enumerate(tokens):
+            body.append(f'<text x="{left - 8}" y="{56 + high * t}" text-anchor="end">{escape(label(token))}</text>')
+        for x, name, panel in zip((left, left + wide + 12), attentions, panels):
+            w = wide / len(slots)
+            body.append(f'<text x="{x}" y="16">{name}</text><rect x="{x}" y="44" width="{wide}" height="{high * len(tokens)}" class="a0"/>')
+            for n in range(0, len(slots), -(-len(slots) // 8)):
+                body.append(f'<text x="{x + w * (n + 0.5):.1f}" y="36" text-anchor="middle" class="small">{slots[n]}</text>')
+            body.append(f'<g transform="translate({x} 44) scale({w:.4f} {high})" stroke-width=".92">')
+            for level in range(1, len(STEPS) + 1):
+                cells = "".join(f"M{n} {t}.5h1" for t, n in (panel == level).nonzero().tolist())
+                body.append(f'<path class="a{level}" d="{cells}"/>')
+            body.append("</g>")
+        body.append("</g>")
+        top += 64 + high * len(tokens)
+    return svg(left + 2 * wide + 20, top, "which slots the tokens read", "\n".join(body))
+
+
+def blocks(rows, tokens, colour):
+    """The same as lines of text."""
+    for title, attentions in rows:
+        panels, slots = levels([*attentions.values()])
+        wide = 2 if len(slots) <= 16 else 1
+        yield f"{title}, slots {slots[0]} to {slots[-1]}: " + " | ".join(attentions)
+        for token, *cells in zip(tokens, *(panel.tolist() for panel in panels)):
+            shades = ["".join((f"\x1b[48;5;{BLUES[v]}m" if colour else "") + SHADES[v] * wide for v in row) for row in cells]
+            yield f"{label(token):>14} |" + "| |".join(row + ("\x1b[0m" if colour else "") for row in shades) + "|"
+
+
+class Watch:
+    """
+    Looks on while blocks (counted from 1) read and write: attention[n] is A (T, N) of the last call, the mean over the
+    heads. If `tell` is on, says in a line what each segment did to the bank.
+    """
+
+    def __init__(self, model, encoding, layers, tell):
+        self.model, self.encoding, self.tell, self.attention, self.out = model, encoding, tell, {}, {}
+        model.embed.register_forward_hook(lambda module, args, out: setattr(self, "tokens", args[0][0].tolist()))
+        for n in layers:
+            block = model.blocks[n - 1]
+            block.memory.w_out.register_forward_hook(lambda module, args, out, n=n: self.out.update({n: out.sigmoid().mean().item()}))
+            block.register_forward_hook(partial(self.on_block, n))
+
+    def on_block(self, n, block, args, out):
+        (_, _, M, cache), (_, h) = args, out
+        q = block.attn.heads(block.attn.wq(h), norm=True)
+        self.attention[n] = block.memory.attention(q, M, block.attn)[0].mean(dim=0).float().cpu()  # (T, N)
+        if not self.tell or cache is not None or len(self.tokens) < self.model.config.block_size:
+            return
+        _, claimed, g_in, g_forget = block.memory.gates(h, M)
+        written = claimed[0, :, 0] > 0.5  # (N,)
+        moved = (block.memory.write(h, M) - M)[0, :, :-1].norm(dim=-1)  # (N,)
+        means = [f"{gate[0, slots].mean().item():.2f}" if slots.any() else "-"
+                 for gate, slots in ((g_in, written), (g_forget, written), (g_forget, ~written))]
+        chunks = block.memory.chunks.tolist()
+        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}" for i in moved.topk(min(3, len(moved))).indices]
+        print("[block {}: {} of {} slots written, gates there: in {}, forget {} (elsewhere {}), out {:.2f}; most changed: {}]".format(
+            n, written.sum(), len(moved), *means, self.out[n], ", ".join(most)))
+
+    @torch.no_grad()
+    def look(self, state):
+        """What the tokens since the memory was last written read, for heatmap and blocks: rows, and the tokens' texts."""
+        memory, tail = state
+        tell, self.tell, fresh, name, views = self.tell, False, self.model.initial_memory(1), "after the updates", []
+        if torch.equal(memory, fresh):  # no segment is full yet
+            newlines = self.encoding.encode_ordinary("\n") * (self.model.config.block_size - tail.size(1))
+            memory = self.model.segment(torch.cat((tail, torch.tensor([newlines]).to(tail)), dim=1), memory)[1]
+            name = "after its update"
+        for M in fresh, memory:
+            self.model.segment(tail, M)
+            views.append(dict(self.attention))
+        self.tell = tell
+        rows = [(f"block {n}", {"before any update": views[0][n], name: views[1][n]}) for n in views[0]]
+        return rows, [self.encoding.decode([token]) for token in tail[0].tolist()]
+
+
+# -----------------------------------------------------------------------------
+
 class Reader:
     """A model and the state of what it has read: the memory, and the tokens since the memory was last written."""
 
-    def __init__(self, model, encoding):
-        self.model, self.encoding, self.state = model, encoding, None
+    def __init__(self, model, encoding, watch=None):
+        self.model, self.encoding, self.watch, self.state = model, encoding, watch, None
 
     def read(self, text):
         """Reads text, without an answer."""
@@ -75,6 +187,14 @@ class Reader:
         length, stop = (args.answer_tokens, ".") if question else (args.max_new_tokens, None)
         self.go_on(length, temperature, args.top_k, stop)
 
+    def show(self):
+        """Prints which slots the tokens read."""
+        if self.watch is None:
+            raise ValueError("this model has no memory bank to look at")
+        if self.state is None:
+            raise ValueError("nothing has been read yet")
+        print(*blocks(*self.watch.look(self.state), sys.stdout.isatty() and "NO_COLOR" not in os.environ), sep="\n")
+
     def fingerprint(self):
         """A hash of the weights: a memory means something only to the model that wrote it."""
         digest = hashlib.sha256()
@@ -85,8 +205,9 @@ class Reader:
     def save(self, path):
         """Writes the state to a file, whole or not at all."""
         memory, tail = self.state or (self.model.initial_memory(1), torch.zeros(1, 0, dtype=torch.int64))
-        torch.save({"memory": memory.cpu().contiguous(), "tail": tail.cpu().contiguous(), "model": self.fingerprint()}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        content = io.BytesIO()
+        torch.save({"memory": memory.cpu().contiguous(), "tail": tail.cpu().contiguous(), "model": self.fingerprint()}, content)
+        write_file(path, content.getvalue())
 
     def load(self, path):
         """Reads the state from a file of save. Raises ValueError for another file, or a memory of another model."""
@@ -105,8 +226,7 @@ class Reader:
 def get_parser():
     parser = Parser("Reads a text with a trained model and continues it.")
     parser.add_argument("--out_dir", default="out", help="folder that train.py left")
-    parser.add_argument("--start", default="Mary went to the office. John moved to the garden. Where is Mary?",
-                        help="the text to read, or FILE:path; a question at its end is answered")
+    parser.add_argument("--start", help="the text to read, or FILE:path; a question at its end is answered. Default: two moves and a question")
     parser.add_argument("--interactive", action="store_true", help="read the lines that are typed, answer those that end in ?")
     parser.add_argument("--max_new_tokens", type=number(int, 0, 10**9), default=100, help="how far a text is continued")
     parser.add_argument("--answer_tokens", type=number(int, 1, 10**9), default=8, help="how long an answer can get")
@@ -115,39 +235,88 @@ def get_parser():
     parser.add_argument("--top_k", type=number(int, 0, 10**9), default=50, help="sample from the k likeliest tokens; 0: from all")
     parser.add_argument("--memory_file", metavar="FILE", help="start from a memory saved earlier")
     parser.add_argument("--save_memory", metavar="FILE", help="save the memory at the end")
+    parser.add_argument("--heatmap", metavar="SVG", help="at the end, draw which slots the last segment's tokens read")
+    parser.add_argument("--heatmap_layer", type=several(number(int, 1, 1000)), metavar="1,2",
+                        help="blocks to look at, counted from 1; default: the middle one of those with a memory")
+    parser.add_argument("--show_memory", action="store_true", help="the same in the terminal, and a line for each segment that is written")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the sampling")
     return parser
 
 
+HELP = """A story is read line by line; a line that ends in ? is answered.
+/memory      show which slots the tokens read        /save FILE   save the memory        /help   this
+/forget      start with an empty memory              /load FILE   load a memory          Ctrl-D  ends"""
+
+
+def command(reader, line):
+    """Does what a line that begins with / says. Raises ValueError or OSError where that cannot be done."""
+    name, _, path = line.partition(" ")
+    if name in ("/save", "/load") and path.strip():
+        (reader.save if name == "/save" else reader.load)(path.strip())
+    elif name == "/memory":
+        reader.show()
+    elif name == "/forget":
+        reader.state = None
+    elif name == "/help":
+        print(HELP)
+    else:
+        raise ValueError(f"{line} is no command: /help lists them")
+
+
+def chat(reader, args):
+    """Reads, answers and obeys what is typed, until the input ends."""
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        try:
+            if line.startswith("/"):
+                command(reader, line)
+            elif line.endswith("?"):
+                reader.respond(line, args)
+            elif line:
+                reader.read(line)
+        except (ValueError, OSError) as e:
+            print(e)
+        except KeyboardInterrupt:
+            print("  (stopped)")
+
+
 def main(args):
-    text = args.start
-    if text.startswith("FILE:") and not args.interactive:
+    text = args.start if args.start is not None else "" if args.interactive else STORY
+    if text.startswith("FILE:"):
         text = babilong.read_text(text[5:])
-    if not text.strip() and not args.interactive:
+    if not text.strip() and not (args.interactive and args.start is None):
         raise ValueError("--start holds no text")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("--start is not text in UTF-8") from None
+    for name in "heatmap", "save_memory":  # before the text is read, not after
+        if (path := getattr(args, name)) and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name}={path}: there is no such folder")
     torch.manual_seed(args.seed)
-    reader = Reader(*load_model(load_checkpoint(args.out_dir), pick_device(args.device)))
+    model, encoding = load_model(load_checkpoint(args.out_dir), pick_device(args.device))
+    banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
+    if (args.heatmap or args.show_memory) and not banks:
+        raise ValueError(f"the model in {args.out_dir} has no memory bank to look at: it was trained with --memory_type={model.config.memory_type}")
+    if bad := [n for n in args.heatmap_layer or () if n not in banks]:
+        raise ValueError(f"--heatmap_layer={bad[0]}: the blocks with a memory bank are {', '.join(map(str, banks))}")
+    reader = Reader(model, encoding, Watch(model, encoding, args.heatmap_layer or [banks[len(banks) // 2]], args.show_memory) if banks else None)
     if args.memory_file:
         reader.load(args.memory_file)
-    if not args.interactive:
+    if text:
         reader.respond(text, args)
-    else:
-        print("Type a story, line by line; a line that ends in ? is answered. Ctrl-D ends.")
-        while True:
-            try:
-                line = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                print()
-                break
-            if line.endswith("?"):
-                reader.respond(line, args)
-            elif line:
-                reader.read(line)
+    if args.interactive:
+        chat(reader, args)
+    if args.show_memory:
+        reader.show()
+    if args.heatmap and reader.state:
+        write_file(args.heatmap, heatmap(*reader.watch.look(reader.state)))
+        print(f"drawn in {args.heatmap}")
     if args.save_memory:
         reader.save(args.save_memory)
         print(f"memory saved to {args.save_memory}")

@@ -7,7 +7,7 @@ $ python train.py --init_from=resume                      # goes on where out_di
 $ python train.py --eval_only --eval_lengths=0k,1k        # the table again, for other lengths, tasks or texts
 $ torchrun --standalone --nproc_per_node=4 train.py       # data parallel
 
-Everything lands in out_dir: ckpt.pt, log.jsonl (a line for a plot each --log_interval steps) and results.json.
+Everything lands in out_dir: ckpt.pt, log.jsonl (a line each --log_interval steps), curves.svg and results.json.
 """
 import argparse
 import json
@@ -20,7 +20,8 @@ import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
-from itertools import chain
+from html import escape
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -359,10 +360,91 @@ def print_table(rows, guesses, fluency):
         print(f"perplexity of the haystack's own text: {fluency['perplexity']} ({fluency['tokens']} tokens)")
 
 
-def write_results(path, results):
-    with open(f"{path}.tmp", "w") as f:
-        json.dump(results, f, indent=1)
-    os.replace(f"{path}.tmp", path)
+# -----------------------------------------------------------------------------
+# pictures
+
+# colours that are told apart with any kind of sight, on white and on black; further lines are dashed
+STROKES = [f'stroke="{colour}"{dash}' for dash in ("", ' stroke-dasharray="5 3"')
+           for colour in "#2b8cd6 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #808080 #9457c9".split()]
+STYLE = """svg{background:#fff;color:#1f2328;--ink:#0550ae;font:12px ui-monospace,Menlo,Consolas,monospace;width:100%;max-width:800px}
+@media(prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3;--ink:#79c0ff}}
+text{fill:currentColor;stroke:none}.small{font-size:10px}.grid{stroke:currentColor;stroke-opacity:.15}.line{fill:none;stroke-width:1.6}
+.a0{fill:var(--ink);fill-opacity:.05}""" + "".join(f".a{i}{{stroke:var(--ink);stroke-opacity:{o}}}" for i, o in enumerate(
+    (0.16, 0.3, 0.45, 0.62, 0.8, 1), start=1))
+
+
+def svg(width, height, title, body):
+    """A self-contained picture, in light and dark, of lines of SVG."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>\n'
+            f"<style>{STYLE}</style>\n{body}\n</svg>\n")
+
+
+def chart(title, series, top=0, low=0.0, ticks=None):
+    """
+    A panel 480 wide, `top` from the top, as lines of SVG, and where it ends. series: {name: points}, each (x, y) or, with a
+    range, (x, y, lowest, highest); low: where the y axis begins, None: with the data; ticks: {x: text}, default: round numbers.
+    """
+    points = list(chain(*series.values()))
+    right, ys = max(1, *(point[0] for point in points)), [y for point in points for y in point[1:]]
+    low = min(ys) if low is None else low
+    high = max(ys) if max(ys) > low else low + 1
+    body, across, down = [f'<text x="8" y="{top + 16}" font-weight="bold">{escape(title)}</text>'], 8, top + 34
+    for stroke, name in zip(cycle(STROKES), series):
+        wide = 40 + 7.3 * len(name)
+        if across + wide > 480:
+            across, down = 8, down + 18
+        body.append(f'<path class="line" {stroke} d="M{across:.0f} {down - 4}h20"/><text x="{across + 25:.0f}" y="{down}">{escape(name)}</text>')
+        across += wide
+    down += 14
+
+    def place(x, y):
+        return f"{56 + 392 * x / right:.1f} {down + 110 * (high - y) / (high - low):.1f}"
+
+    for y in round_numbers(low, high):
+        body.append(f'<path class="grid" d="M{place(0, y)}h392"/><text x="50" y="{place(0, y).split()[1]}" dy="4" text-anchor="end">{y:g}</text>')
+    for x, text in (ticks or {x: f"{x:g}" for x in round_numbers(0, right)}).items():
+        body.append(f'<text x="{place(x, low).split()[0]}" y="{down + 128}" text-anchor="middle">{escape(text)}</text>')
+    for stroke, line in zip(cycle(STROKES), series.values()):
+        path = "L".join(place(*point[:2]) for point in line)
+        path += "".join(f"M{place(x, lowest)}L{place(x, highest)}" for x, _, lowest, highest in (p for p in line if len(p) == 4))
+        body.append(f'<path class="line" {stroke} d="M{path}"/>')
+    return "\n".join(body) + "\n", down + 144
+
+
+def round_numbers(low, high):
+    """Up to six of them, from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 2.5))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_curves(out_dir, *entries):
+    """Writes out_dir/curves.svg from log.jsonl and further entries like its own."""
+    entries = [*map(json.loads, open(Path(out_dir, "log.jsonl"))), *entries]
+    steps, accuracies = [e for e in entries if "loss" in e], {}
+    for e in entries:
+        for segments in sorted({r["segments"] for r in e.get("eval", ()) if r["segments"]}):
+            accuracy = np.mean([r["accuracy"] for r in e["eval"] if r["segments"] == segments])
+            accuracies.setdefault(f"{segments} seg.", []).append((e["iter"], accuracy))
+    charts = {"accuracy in %, held out": accuracies} if accuracies else {}
+    for title, name in ("training loss", "loss"), ("learning rate of AdamW", "lr"), ("stage of the curriculum", "stage"):
+        charts[title] = {"by step": [(e["iter"], e[name]) for e in steps]}
+    body, top = "", 0
+    for title, series in charts.items() if steps else ():
+        part, top = chart(title, series, top)
+        body += part
+    write_file(Path(out_dir, "curves.svg"), svg(480, top, "learning curves", body))
+
+
+def write_file(path, content):
+    """Writes text, or bytes, whole or not at all."""
+    new = Path(f"{path}.tmp")
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    os.replace(new, path)
 
 
 # -----------------------------------------------------------------------------
@@ -533,6 +615,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
                     for task in args.tasks for s in sorted({1, *args.curriculum})]
             if master:
                 report(eval=rows)
+                draw_curves(out)
                 bar.write(f"step {it:5d}: " + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
         if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
@@ -621,7 +704,9 @@ def main(args, checkpoint):
         print_table(rows, guesses, fluency)
         how = f"-{args.intervention}" * (args.intervention != "none") + f"-retrieve{args.retrieve}" * (args.retrieve > 0)
         path = args.results or Path(args.out_dir, f"results{how}.json")
-        write_results(path, {"config": config, "results": rows, "guesses": guesses, "perplexity": fluency})
+        write_file(path, json.dumps({"config": config, "results": rows, "guesses": guesses, "perplexity": fluency}, indent=1))
+        if not args.eval_only:
+            draw_curves(args.out_dir, {"iter": iter_num, "eval": rows})
         print(f"written to {path}")
     if world > 1:
         dist.destroy_process_group()

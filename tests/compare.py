@@ -5,6 +5,8 @@ $ python tests/compare.py out/results.json out-none/results.json
 $ python tests/compare.py --kind=outside out-*/results.json      # only questions about what lies outside the window
 $ python tests/compare.py --task=qa1 out-*/results.json          # one task instead of the average
 $ python tests/compare.py --curve out-*/results.json             # the learning curves, from log.jsonl beside each file
+$ python tests/compare.py --plot=accuracy.svg out-*/results.json # accuracy by length, as a picture
+$ python tests/compare.py --figure5=blocks.svg out-*/results.json        # perplexity by number of blocks with memory
 """
 import json
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from prepare_babilong import Parser  # noqa: E402
-from train import average, kept_flags  # noqa: E402
+from train import average, chart, kept_flags, svg, write_file  # noqa: E402
 
 
 def load(path):
@@ -51,14 +53,40 @@ def table(head, rows):
         print("| " + " | ".join(row) + " |")
 
 
+def point(x, values):
+    """x, the mean of the values that are known, the lowest and the highest."""
+    values = [v for v in values if v is not None]
+    return x, sum(values) / len(values), min(values), max(values)
+
+
+def figure5(files):
+    """The paper's Figure 5 as SVG: {number of blocks that own a bank: perplexity}."""
+    found = {}
+    for file in files:
+        config = file["config"]
+        blocks = 0 if config["memory_type"] == "none" else config["n_memory_layers"] or config["n_layer"]
+        if file["perplexity"]:
+            found.setdefault(blocks, []).append(file["perplexity"]["perplexity"])
+    if not found:
+        raise ValueError("none of these results has a perplexity")
+    line = [point(blocks, values) for blocks, values in sorted(found.items())]
+    body, height = chart("perplexity of held-out text", {"by number of blocks with a memory": line}, low=None, ticks={b: str(b) for b in found})
+    return svg(480, height, "perplexity by number of blocks with memory", body)
+
+
 def main():
     parser = Parser("Puts several results.json of train.py side by side.")
     parser.add_argument("files", nargs="+", help="results.json files")
     parser.add_argument("--kind", choices=("all", "outside", "earlier"), default="all", help="which questions")
     parser.add_argument("--task", help="one task; default: the average of all")
     parser.add_argument("--curve", action="store_true", help="learning curves instead of results")
+    parser.add_argument("--plot", metavar="SVG", help="draw accuracy by length instead")
+    parser.add_argument("--figure5", metavar="SVG", help="draw perplexity by number of blocks with memory instead")
     args = parser.parse_args()
-    groups = columns([load(path) for path in args.files])
+    files = [load(path) for path in args.files]
+    if args.figure5:
+        return write_file(args.figure5, figure5(files))
+    groups = columns(files)
     kind = "" if args.kind == "all" else f"_{args.kind}"
 
     def value(file, size):
@@ -75,6 +103,11 @@ def main():
         print(f"\n({last} steps in all)")
         return
     sizes = list(dict.fromkeys(r["length"] or f"{r['segments']} seg." for group in groups.values() for r in group[0]["results"]))
+    if args.plot:
+        series = {name: [point(i, known) for i, size in enumerate(sizes) if any(known := [value(file, size) for file in group])]
+                  for name, group in groups.items()}
+        body, height = chart(f"accuracy in %{', ' + args.kind if kind else ''}", series, ticks=dict(enumerate(sizes)))
+        return write_file(args.plot, svg(480, height, "accuracy by length", body))
     rows = [[size, *(spread([value(file, size) for file in group]) for group in groups.values())] for size in sizes]
     rows.append(["perplexity", *(spread([f["perplexity"]["perplexity"] for f in group if f["perplexity"]], 2) for group in groups.values())])
     rows.append(["parameters", *(f"{group[0]['config']['parameters']:,}" for group in groups.values())])

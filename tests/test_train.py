@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -57,6 +58,11 @@ def log(out_dir):
     return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_second")} for row in rows]
 
 
+def picture(path):
+    """The texts in an SVG; raises if it is not well-formed."""
+    return [e.text for e in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
 # ----------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("memory_type", ["lm2", "rmt", "none"])
@@ -79,7 +85,9 @@ def test_a_run_leaves_checkpoint_log_and_results(memory_type, data_dir, tmp_path
     assert re.search(r"^accuracy in % .* qa1 +qa6 +average +95% interval$", printed, re.M) and "perplexity" in printed
     mean = sum(r["accuracy"] for r in results["results"] if r["segments"] == 3) / 2
     assert re.search(rf"^3 seg\. +96 +20 .* {mean:.1f} +[\d.]+ - +[\d.]+$", printed, re.M)
-    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "ckpt.previous.pt", "log.jsonl", "results.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpt.pt", "ckpt.previous.pt", "curves.svg", "log.jsonl", "results.json"}
+    curves = picture(tmp_path / "curves.svg")
+    assert [t for t in curves if t.endswith("seg.")] == ["1 seg.", "2 seg.", "3 seg."] and "stage of the curriculum" in curves
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(data_dir, tmp_path, monkeypatch):
@@ -301,9 +309,24 @@ def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path):
     assert rows[3] == ["2 seg.", f"{(values[0] + values[1]) / 2:.1f} ({min(values[:2]):.1f}–{max(values[:2]):.1f})", f"{values[2]:.1f}"]
     code, curve, _ = compare("--curve", *files)
     assert code == 0 and curve.splitlines()[2:4] == ["| 1 | 1 (1–1) | 1 |", "| 2 | 2 (2–2) | 2 |"]
+    assert compare(f"--plot={tmp_path / 'plot.svg'}", *files)[0] == compare(f"--figure5={tmp_path / 'blocks.svg'}", *files)[0] == 0
+    assert {"a1", "b", "1 seg.", "2 seg."} <= set(picture(tmp_path / "plot.svg")) and {"0", "2"} <= set(picture(tmp_path / "blocks.svg"))
     (tmp_path / "bad.json").write_text("[]")
     code, _, err = compare(str(tmp_path / "bad.json"))
     assert code == 1 and len(err.splitlines()) == 1 and "bad.json is not a results.json" in err
+
+
+def test_known_points_are_drawn_where_they_belong():
+    body, end = train.chart("<&", {"a": [(0, 0), (4, 100, 50, 100)], "b": [(2, 50)]}, top=10)
+    lines = re.findall(r'class="line" stroke="(#\w+)" d="(M[\d.]+ [\d.]+L?.*?)"', body)[2:]  # the first two are the legend's
+    assert lines == [("#2b8cd6", "M56.0 168.0L448.0 58.0M448.0 113.0L448.0 58.0"), ("#d55e00", "M252.0 113.0")] and end == 202
+    assert "&lt;&amp;" in body and re.findall(r'text-anchor="end">(\d+)<', body) == ["0", "20", "40", "60", "80", "100"]
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 100, [0, 20, 40, 60, 80, 100]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (9.57, 9.66, [9.58, 9.6, 9.62, 9.64, 9.66]), (0, 3, [0, 1, 2, 3])])
+def test_round_numbers(low, high, expected):
+    assert train.round_numbers(low, high) == pytest.approx(expected)
 
 
 def test_interventions_change_the_memory_and_nothing_else(data):
