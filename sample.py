@@ -181,8 +181,8 @@ class Reader:
         question = last.endswith("?")
         if question:
             self.make_room(len(self.encoding.encode_ordinary(" " + last)) + args.answer_tokens)
-        print(last, end="", flush=True)
         self.read(last)
+        print(last, end="", flush=True)
         temperature = args.temperature if args.temperature is not None else 0.0 if question else 0.8
         length, stop = (args.answer_tokens, ".") if question else (args.max_new_tokens, None)
         self.go_on(length, temperature, args.top_k, stop)
@@ -251,13 +251,15 @@ HELP = """A story is read line by line; a line that ends in ? is answered.
 
 def command(reader, line):
     """Does what a line that begins with / says. Raises ValueError or OSError where that cannot be done."""
-    name, _, path = line.partition(" ")
-    if name in ("/save", "/load") and path.strip():
-        (reader.save if name == "/save" else reader.load)(path.strip())
+    name, path = (*line.split(maxsplit=1), "")[:2]
+    if name in ("/save", "/load") and path:
+        (reader.save if name == "/save" else reader.load)(path)
+        print(f"memory {'saved to' if name == '/save' else 'loaded from'} {path}")
     elif name == "/memory":
         reader.show()
     elif name == "/forget":
         reader.state = None
+        print("all forgotten")
     elif name == "/help":
         print(HELP)
     else:
@@ -305,7 +307,9 @@ def main(args):
         raise ValueError(f"the model in {args.out_dir} has no memory bank to look at: it was trained with --memory_type={model.config.memory_type}")
     if bad := [n for n in args.heatmap_layer or () if n not in banks]:
         raise ValueError(f"--heatmap_layer={bad[0]}: the blocks with a memory bank are {', '.join(map(str, banks))}")
-    reader = Reader(model, encoding, Watch(model, encoding, args.heatmap_layer or [banks[len(banks) // 2]], args.show_memory) if banks else None)
+    look = banks and (args.heatmap or args.show_memory or args.interactive)
+    watch = Watch(model, encoding, args.heatmap_layer or [banks[len(banks) // 2]], args.show_memory) if look else None
+    reader = Reader(model, encoding, watch)
     if args.memory_file:
         reader.load(args.memory_file)
     if text:

@@ -2,6 +2,8 @@
 import io
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -133,7 +135,7 @@ def test_heatmap_of_a_text(out_dir, tmp_path, capsys):
     call(f"--out_dir={out_dir}", f"--start={STORY}Where is Mary?", f"--heatmap={tmp_path / 'a.svg'}", "--show_memory", "--heatmap_layer=1,2")
     printed, drawn = capsys.readouterr().out, (tmp_path / "a.svg").read_text()
     written = re.findall(r"^\[block (\d): \d of 4 slots written, gates there: in [\d.-]+, forget [\d.-]+ \(elsewhere [\d.-]+\), out 0\.\d+; "
-                         r"most changed: \d by '.*', \d by", printed.replace("Where is Mary?[", "\n["), re.M)
+                         r"most changed: \d by '.*', \d by", printed, re.M)
     segments = len(train.load_model(train.load_checkpoint(out_dir), "cpu")[1].encode_ordinary(" " + STORY)) // 32
     assert len(written) >= 2 * segments > 2 and written[:2] == ["1", "2"] and "block 2, slots 0 to 3" in printed
     texts = [e.text for e in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
@@ -166,6 +168,15 @@ def test_interactive_begins_with_what_is_given(out_dir, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     call(f"--out_dir={out_dir}", "--interactive", "--start=John left. Where is John?")
     assert "Where is John?" in capsys.readouterr().out
+
+
+def test_lookups_are_counted(data_dir, tmp_path):
+    run(*flags(data_dir, tmp_path, max_iters=1, eval_segments="1", eval_samples=2, memory_slots=1))
+    done = subprocess.run([sys.executable, Path(__file__).with_name("lookup.py"), f"--out_dir={tmp_path}", "--segments=4", "--samples=20"],
+                          capture_output=True, text=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and rows[-1][:3] == ["1", "or", "more"] and sum(int(r[2]) for r in rows[1:-1]) == 20
+    assert all(row[-2:] == ["100.0", "100.0"] for row in rows[2:])  # there is but one slot
 
 
 def test_memory_of_another_kind_cannot_be_looked_at(data_dir, tmp_path):
