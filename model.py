@@ -36,9 +36,12 @@ say. This file's answer, and the one place where it had to decide:
     bank at once. A W_Q of its own gained nothing and costs a product per token, where keys and values cost one per slot.
 The alternatives stand in tests/variants.py, what was measured in the README.
 """
+import json
 import math
+import mmap
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -65,6 +68,8 @@ class LM2Config:
     n_memory_layers: int = 0  # L, the first blocks that own a bank; 0: all
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
     forget_bias: float = 2.0  # b_forget at the start: sigmoid(2) = 0.88 of a slot survives a segment
+    memory_gain: bool = False  # what is read passes a gain that starts at zero: for a memory grafted onto a trained decoder
+    rope_scaling: tuple = ()  # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
 
     def __post_init__(self):
         """Fills in what is derived; raises ValueError with one sentence for a value that cannot work."""
@@ -168,6 +173,7 @@ class Memory(nn.Module):
         self.d_v = nn.Linear(C, kv, bias=False)  # from the self-attention's; they start at zero
         self.recency = 3.0  # how much a read prefers what was written later
         self.w_out = nn.Linear(C, C)  # W_out, b_out
+        self.gain = nn.Parameter(torch.empty(C)) if config.memory_gain else None  # a closed gate would stop the gradient
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
@@ -188,7 +194,7 @@ class Memory(nn.Module):
         # (2)  g_out = sigmoid(E_mem W_out)
         g_out = torch.sigmoid(self.w_out(E_mem))  # (B, T, C)
         # (2)  E_gated = g_out * E_mem                      printed with M_t for E_mem, whose shape does not fit
-        return g_out * E_mem
+        return g_out * E_mem if self.gain is None else self.gain * g_out * E_mem
 
     def lookup(self, q, M, attn):
         """What the queries meet in the bank: keys and values (B, K, N, D), and what is added to their products."""
@@ -286,6 +292,10 @@ class LM2(nn.Module):
         self.memory_tokens = nn.Parameter(torch.empty(c.memory_slots, c.n_embd)) if c.memory_type == "rmt" else None
         D, positions = c.n_embd // c.n_head, c.block_size + (2 * c.memory_slots if c.memory_type == "rmt" else 0)
         freq = c.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+        if c.rope_scaling:  # long waves are stretched by the factor, short ones kept, those in between mixed
+            factor, low, high, positions_before = c.rope_scaling
+            kept = ((positions_before * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            freq = freq * (kept + (1 - kept) / factor)
         angle = torch.outer(torch.arange(positions).float(), freq).repeat(1, 2)  # (positions, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -299,7 +309,7 @@ class LM2(nn.Module):
         g = torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device
-            weight.copy_(torch.randn(weight.shape, generator=g) * std)
+            weight.copy_(torch.randn(weight.shape, generator=g).mul_(std))
 
         normal(self.embed.weight, 0.02 if self.config.tie_embeddings else 1.0)
         if not self.config.tie_embeddings:
@@ -314,12 +324,44 @@ class LM2(nn.Module):
                 normal(linear.weight, linear.in_features**-0.5)
             for weight in (memory.d_k.weight, memory.d_v.weight, memory.salience):
                 weight.zero_()  # salience: all tokens alike
+            if memory.gain is not None:
+                memory.gain.zero_()
             memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
             memory.w_out.bias.zero_()
             memory.w_in.bias.zero_()
             memory.w_forget.bias.fill_(self.config.forget_bias)
         if self.memory_tokens is not None:
             normal(self.memory_tokens, 0.02 if self.config.tie_embeddings else 1.0)
+
+    @classmethod
+    def from_llama(cls, folder, **overrides):
+        """
+        The decoder of a Llama in Hugging Face's format (config.json and .safetensors files of bfloat16, float16 or float32), in
+        float32. overrides: fields of LM2Config, such as block_size; with memory_slots the memory is grafted on, with a gain that starts at
+        zero, so that the logits stay as they were; a smaller vocab_size keeps the first tokens. Raises ValueError for a folder
+        that is not whole, or not a Llama.
+        """
+        theirs = llama_config(Path(folder, "config.json"))
+        model = cls(LM2Config(**{**theirs, "memory_slots": 0, "memory_gain": True, **overrides}))
+        if model.config.vocab_size > theirs["vocab_size"]:
+            raise ValueError(f"{folder} knows {theirs['vocab_size']} tokens, and the text {model.config.vocab_size}: use its tokenizer")
+        missing = {name: p.data for name, p in model.named_parameters() if "memory" not in name}
+        files = sorted(Path(folder).glob("*.safetensors"))
+        for path in files:
+            for name, weight in read_safetensors(path):
+                ours = ".".join(LLAMA_NAMES.get(part, part) for part in name.removeprefix("model.").split("."))
+                if name.endswith("rotary_emb.inv_freq") or (ours == "head.weight" and model.config.tie_embeddings):
+                    continue
+                if ours not in missing:
+                    raise ValueError(f"{path}: {name} is there twice, or no weight of this Llama")
+                if ours in ("embed.weight", "head.weight"):
+                    weight = weight[: model.config.vocab_size]  # Llama's last tokens are the special ones
+                if weight.shape != missing[ours].shape:
+                    raise ValueError(f"{path}: {name} has shape {list(weight.shape)}, the config says {list(missing[ours].shape)}")
+                missing.pop(ours).copy_(weight)
+        if missing:
+            raise ValueError(f"{folder}: {len(files)} .safetensors files, and none holds {next(iter(missing))}")
+        return model
 
     def num_params(self, memory=True):
         """How many parameters; memory=False: those of the decoder alone."""
@@ -488,3 +530,64 @@ class LM2(nn.Module):
         ]
         muon = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)] if muon_lr else []
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas)] + muon
+
+
+# -----------------------------------------------------------------------------
+# Llama's files
+
+LLAMA_NAMES = {"embed_tokens": "embed", "layers": "blocks", "self_attn": "attn", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv",
+               "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "input_layernorm": "norm1",
+               "post_attention_layernorm": "norm2", "lm_head": "head"}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def llama_config(path):
+    """The fields of LM2Config that Hugging Face's config.json of a Llama says. Raises ValueError for another model's."""
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta", 10000.0)}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        fields = {"n_embd": c["hidden_size"], "n_layer": c["num_hidden_layers"], "n_head": c["num_attention_heads"],
+                  "n_kv_head": c.get("num_key_value_heads") or c["num_attention_heads"], "vocab_size": c["vocab_size"],
+                  "intermediate_size": c["intermediate_size"], "norm_eps": c.get("rms_norm_eps", 1e-6),
+                  "rope_theta": rope["rope_theta"], "tie_embeddings": c.get("tie_word_embeddings", False)}
+        if kind == "llama3":
+            fields["rope_scaling"] = tuple(rope[n] for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        other = {"model_type": c["model_type"] != "llama", "rope_type": kind not in ("default", "llama3"), "hidden_act": c.get("hidden_act", "silu") != "silu",
+                 "head_dim": (c.get("head_dim") or fields["n_embd"] // fields["n_head"]) * fields["n_head"] != fields["n_embd"],
+                 "attention_bias": bool(c.get("attention_bias")), "mlp_bias": bool(c.get("mlp_bias"))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is not the config of a Llama ({type(e).__name__}: {e})") from None
+    if any(other.values()):
+        raise ValueError(f"{path} is of a model that this decoder is not: see its {', '.join(name for name, is_other in other.items() if is_other)}")
+    return fields
+
+
+def read_safetensors(path):
+    """
+    Yields (name, tensor) of a .safetensors file, mapped into memory rather than read: copy each before asking for the next.
+    Raises ValueError for a file that is not one, or whose header does not fit its size.
+    """
+    try:
+        with open(path, "rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(mapped[:8], "little")
+        if not 8 < start <= min(len(mapped), 10**8):
+            raise ValueError(f"its header would end at byte {start}")
+        header, end, tensors = json.loads(mapped[8:start]), 0, []
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (a, b), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
+            if not all(type(n) is int and n >= 0 for n in (a, b, *shape)) or a != end or b - a != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} overlaps another, leaves a gap, or has another size than its shape")
+            tensors.append((name, dtype, shape, start + a))
+            end = b
+        if start + end != len(mapped):
+            raise ValueError(f"its tensors end at byte {start + end} of {len(mapped)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is not a whole .safetensors file of f32, f16 or bf16 ({type(e).__name__}: {e})") from None
+    for name, dtype, shape, at in tensors:
+        n = math.prod(shape)
+        yield name, torch.frombuffer(mapped, dtype=dtype, count=n, offset=at).view(shape) if n else torch.empty(shape, dtype=dtype)
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was copied need not stay in memory
+            mapped.madvise(mmap.MADV_DONTNEED)

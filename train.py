@@ -6,6 +6,7 @@ $ python train.py --memory_type=none --out_dir=out-none   # the same decoder wit
 $ python train.py --init_from=resume                      # goes on where out_dir/ckpt.pt stopped
 $ python train.py --eval_only --eval_lengths=0k,1k        # the table again, for other lengths, tasks or texts
 $ torchrun --standalone --nproc_per_node=4 train.py       # data parallel
+$ python train.py --init_from=LLAMA_DIR --freeze_decoder  # grafts a memory onto a Llama, and trains it
 
 Everything lands in out_dir: ckpt.pt, log.jsonl (a line each --log_interval steps), curves.svg and results.json.
 """
@@ -19,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from html import escape
 from itertools import chain, cycle
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import prepare_babilong as babilong
-from model import LM2, LM2Config
+from model import LM2, LM2Config, llama_config
 from prepare_babilong import Parser, number
 
 # -----------------------------------------------------------------------------
@@ -50,7 +51,8 @@ def get_parser():
     small, wide = number(int, 1, 1000), number(int, 1, 2**16)
     g = parser.add_argument_group("run")
     g.add_argument("--out_dir", default="out", help="folder for checkpoint, log and results")
-    g.add_argument("--init_from", default="scratch", choices=("scratch", "resume"), help="start anew, or go on from out_dir")
+    g.add_argument("--init_from", default="scratch", metavar="scratch|resume|DIR", help="start anew, go on from out_dir, or graft the "
+                   "memory onto the Llama in this folder (config.json and .safetensors files)")
     g.add_argument("--checkpoint_interval", type=positive, default=200, help="steps between checkpoints")
     g.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
     g.add_argument("--eval_interval", type=count, default=500, help="steps between short evaluations; 0: none")
@@ -80,6 +82,7 @@ def get_parser():
                    help="tokens of a segment in curriculum and table, for a window (block_size) of several; 0: block_size")
     g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of weights and training samples")
     g = parser.add_argument_group("model")
+    g.add_argument("--preset", choices=PRESETS, help="the sizes of a published model, where no flag says otherwise")
     g.add_argument("--block_size", type=number(int, 1, 2**20), default=64, help="tokens of a segment, all that self-attention sees")
     g.add_argument("--n_layer", type=small, default=3, help="decoder blocks")
     g.add_argument("--n_head", type=wide, default=4, help="attention heads")
@@ -108,6 +111,7 @@ def get_parser():
     g.add_argument("--decay_share", type=share, default=0.4, help="share of the steps, at the end, in which it falls to zero")
     g.add_argument("--answer_weight", type=number(float, 0, 1e6), default=5.0,
                    help="of the answers' loss, beside the language model's 1")
+    g.add_argument("--freeze_decoder", action=switch, default=False, help="train the memory alone")
     g = parser.add_argument_group("curriculum")
     g.add_argument("--curriculum", type=several(positive), default="1,2,3,4,6,8,12,16", help="most segments of a sample, stage by stage")
     g.add_argument("--stage_accuracy", type=share, default=0.94, help="running accuracy that ends a stage")
@@ -116,6 +120,11 @@ def get_parser():
     g.add_argument("--checkpoint_segments", action=switch, default=False,
                    help="compute every segment twice rather than keep what the backward pass needs of all")
     return parser
+
+
+# the paper's own; LM2Config has the meaning of the names that are no flags
+PRESETS = {"lm2-1.7b": {"block_size": 2048, "n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "intermediate_size": 8192,
+                        "memory_slots": 2048, "tie_embeddings": True, "qk_norm": False, "token_shift": False}}
 
 
 def kept_flags():
@@ -132,15 +141,25 @@ def parse_args(argv=None):
     parser = get_parser()
     args, checkpoint = parser.parse_args(argv), None
     try:
+        fixed, source = {}, f"the checkpoint in {args.out_dir}"  # what flags cannot change any more
         if args.eval_only or args.init_from == "resume":
             checkpoint = load_checkpoint(args.out_dir)
+            fixed = {name: value for name, value in checkpoint["config"].items() if name != "vocab_size"}
             parser.set_defaults(**checkpoint["args"])
-            args = parser.parse_args(argv)
+        elif args.init_from != "scratch":
+            fixed, source = {**llama_config(Path(args.init_from, "config.json")), "qk_norm": False, "token_shift": False, "memory_gain": True}, args.init_from
+            del fixed["vocab_size"]
+        elif args.preset:
+            parser.set_defaults(**PRESETS[args.preset])
+        parser.set_defaults(**fixed)
+        args = parser.parse_args(argv)
         config = model_config(args, vocab_size=1)
+        for name, value in fixed.items():
+            if (here := getattr(config, name)) != value:
+                raise ValueError(f"--{name}={here}, but {source} has {value}")
+        if args.preset and fixed and not checkpoint:
+            raise ValueError(f"--preset={args.preset} is for a new model, but {source} has its own sizes")
         args.tasks = babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
-        for name, value in checkpoint["config"].items() if checkpoint else ():
-            if name != "vocab_size" and (here := getattr(config, name, None)) != value:
-                raise ValueError(f"--{name}={here}, but the checkpoint in {args.out_dir} has {value}")
         if not args.curriculum:
             raise ValueError("--curriculum must name at least one number of segments")
         if checkpoint and len(args.curriculum) < checkpoint["stage"]:
@@ -153,6 +172,8 @@ def parse_args(argv=None):
                              "gradient_accumulation_steps, times processes")
         if args.intervention != "none" and (args.memory_slots == 0 or args.memory_type == "none" or args.eval_samples < 2):
             raise ValueError("--intervention needs a model with memory and --eval_samples of at least 2")
+        if args.freeze_decoder and config.memory_type == "none":
+            raise ValueError("--freeze_decoder leaves nothing to train in a model without memory")
         if args.intervention != "none" and args.retrieve:
             raise ValueError("--intervention and --retrieve do not go together: what is retrieved fits one segment")
     except ValueError as e:
@@ -232,7 +253,12 @@ def check_size(config, device):
     if device.type != "cuda" and hasattr(os, "sysconf"):  # not on Windows
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
-        raise ValueError(f"the model needs {need / 2**30:.0f} GiB and {device} has {have / 2**30:.0f}: lower --n_embd, --n_layer or --block_size")
+        raise ValueError(f"the model, {size_of(model)}, needs {need / 2**30:.0f} GiB and {device} has {have / 2**30:.0f}: lower --n_embd, "
+                         "--n_layer or --block_size")
+
+
+def size_of(model):
+    return f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory)"
 
 
 def pick_device(name):
@@ -666,8 +692,15 @@ def main(args, checkpoint):
             raise ValueError(f"{args.data_dir} has changed since the checkpoint in {args.out_dir}: its hash was {checkpoint['data']}")
     else:
         config = model_config(args, training.encoding.n_vocab)
+        if args.preset and rank == 0:
+            with torch.device("meta"):
+                print(f"{args.preset} with the vocabulary of Llama 3: {size_of(LM2(replace(config, vocab_size=128256)))}; the paper says 1.7 B (1.2 B)")
         check_size(config, device)
-        model = LM2(config).to(device)
+        model = LM2(config) if args.init_from == "scratch" else LM2.from_llama(args.init_from, **asdict(config))
+        model.to(device)
+    if args.freeze_decoder:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("memory" in name)
     if args.dtype == "float64":
         model.double()
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
@@ -682,8 +715,7 @@ def main(args, checkpoint):
                 (out / "ckpt.previous.pt").unlink(missing_ok=True)
                 print(f"{out} holds an earlier run; its checkpoint is now {out}/ckpt.old.pt")
             c = model.config
-            print(f"{model.num_params():,} parameters ({model.num_params(memory=False):,} without memory), memory {c.memory_type} "
-                  f"with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, data {meta['hash']}")
+            print(f"{size_of(model)}, memory {c.memory_type} with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, data {meta['hash']}")
         if not train(args, checkpoint, model, (training, held_out), meta, device, amp, rank, world):
             if rank == 0:
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")

@@ -1,12 +1,18 @@
 """The model against plain loops, and what its docstrings promise."""
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench import estimate_mfu
-from model import LM2, LM2Config
+from model import DTYPES, LM2, LM2Config
+
+ROOT = Path(__file__).parent.parent
 
 TYPES = ("lm2", "rmt", "none")
 
@@ -162,22 +168,167 @@ def test_one_seed_gives_every_type_the_same_decoder():
         assert all(torch.equal(weight, m.state_dict()[name]) for m in models), name
 
 
-@pytest.mark.parametrize("tied, kv", [(True, 4), (False, 2)])
-def test_decoder_is_a_llama(tied, kv):
+# ----------------------------------------------------------------------------- Llama's files
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied, kv, scaled", [(True, 4, False), (False, 2, True), (True, 1, True)])
+def test_from_llama_is_the_llama_that_transformers_saved(tied, kv, scaled, dtype, tmp_path):
     transformers = pytest.importorskip("transformers", reason="compares with transformers' Llama where it is installed")
-    model = make(dtype=torch.float32, memory_slots=0, n_kv_head=kv, tie_embeddings=tied, qk_norm=False, token_shift=False)
-    c = model.config
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=kv, rms_norm_eps=c.norm_eps, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, max_position_embeddings=c.block_size)).eval()
-    names = {"embed_tokens": "embed", "layers": "blocks", "self_attn": "attn", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
-             "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "input_layernorm": "norm1", "post_attention_layernorm": "norm2",
-             "lm_head": "head"}
-    weights = {".".join(names.get(p, p) for p in k.removeprefix("model.").split(".")): v for k, v in llama.state_dict().items()}
-    model.load_state_dict(weights)
-    idx = tokens(2, 8)
+        vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv,
+        tie_word_embeddings=tied, max_position_embeddings=512, rope_parameters={"rope_theta": 10000.0, **(rope if scaled else {"rope_type": "default"})}))
+    llama.to(dtype).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model, idx = LM2.from_llama(tmp_path, block_size=200), torch.randint(300, (2, 200))
     torch.testing.assert_close(model(idx)[0], llama(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def llama_folder(path, dtype="F32", **config):
+    """A random Llama as Hugging Face would keep it, written here; and its weights under their names."""
+    path.mkdir(exist_ok=True)
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 50, "rope_theta": 10000.0, "tie_word_embeddings": False, **config}
+    (path / "config.json").write_text(json.dumps(config))
+    C, F, kv, V = 32, 48, 16, config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,), "lm_head.weight": (V, C)}
+    for i in range(2):
+        for name, shape in {"self_attn.q_proj": (C, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, C),
+                            "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F), "input_layernorm": (C,),
+                            "post_attention_layernorm": (C,)}.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    g = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(shape, generator=g) * 0.2 for name, shape in shapes.items()}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, w in weights.items():
+        raw = w.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": dtype, "shape": list(w.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    safetensors(path / "model.safetensors", header, data)
+    return header, data, weights
+
+
+def safetensors(path, header, data, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grafted_memory_changes_no_logit_and_learns(dtype, tmp_path):
+    _, _, weights = llama_folder(tmp_path, dtype)
+    idx = torch.randint(50, (2, 48), generator=torch.Generator().manual_seed(0))
+    plain, grafted = LM2.from_llama(tmp_path, block_size=16), LM2.from_llama(tmp_path, block_size=16, memory_slots=4)
+    assert torch.equal(plain.blocks[1].mlp.w3.weight, weights["model.layers.1.mlp.up_proj.weight"].to(DTYPES[dtype]).float())
+    assert (grafted.unroll(idx)[0] - plain.unroll(idx)[0]).abs().max() <= 1e-3
+    for steps in range(2):  # the gain learns at once, and everything behind it from the second step on
+        _, loss, _ = grafted.unroll(idx, idx.roll(-1, 1))
+        loss.backward()
+        for name, p in grafted.named_parameters():
+            assert p.grad is not None and (bool(p.grad.abs().sum() > 0) == (steps == 1 or "memory" not in name or name.endswith("gain"))), name
+        with torch.no_grad():
+            for p in grafted.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+
+
+def test_llama_with_fewer_tokens_keeps_the_first(tmp_path):
+    llama_folder(tmp_path)
+    whole, part = LM2.from_llama(tmp_path, block_size=8), LM2.from_llama(tmp_path, block_size=8, vocab_size=40)
+    idx = torch.arange(8)[None]
+    torch.testing.assert_close(part(idx)[0], whole(idx)[0][..., :40])
+    with pytest.raises(ValueError, match="knows 50 tokens, and the text 60"):
+        LM2.from_llama(tmp_path, vocab_size=60)
+
+
+BIG = 2**60
+
+
+@pytest.mark.parametrize("lie", [
+    lambda h, d: (h, d[:-1]), lambda h, d: (h, d + b"x"), lambda h, d: (h, b""), lambda h, d: (b"", d), lambda h, d: (b"[" * 10**5, d), lambda h, d: (b"[]", d),
+    lambda h, d: (b"{not json", d), lambda h, d: (b"\xff", d), lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, d),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [BIG], "data_offsets": [len(d), len(d) + 4 * BIG]}}, d),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [BIG, BIG, 0], "data_offsets": [len(d) + 8, len(d) + 8]}}, d),
+    lambda h, d: ({**h, "a": {"dtype": "F64", "shape": [1], "data_offsets": [len(d), len(d) + 8]}}, d + bytes(8)),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [-1], "data_offsets": [len(d), len(d) - 4]}}, d),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": 1, "data_offsets": [len(d), len(d) + 4]}}, d + bytes(4)),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [1.0], "data_offsets": [len(d), len(d) + 4]}}, d + bytes(4)),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", None]}}, d), lambda h, d: ({**h, "a": 1}, d),
+    lambda h, d: ({**h, "a": {"dtype": "F32", "shape": [1], "data_offsets": [len(d), len(d) + 4]}}, d + bytes(4)),
+    lambda h, d: ({k: v for k, v in h.items() if "lm_head" not in k}, d[: -50 * 32 * 4 * 2])])
+def test_safetensors_that_lie_are_refused_in_one_line(lie, tmp_path):
+    header, data, _ = llama_folder(tmp_path)
+    safetensors(tmp_path / "model.safetensors", *lie(header, data))
+    with pytest.raises(ValueError, match="model.safetensors") as e:
+        LM2.from_llama(tmp_path, block_size=8)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("length", [0, BIG, 2**64 - 1, 10**8])
+def test_safetensors_whose_header_has_another_length_are_refused(length, tmp_path):
+    header, data, _ = llama_folder(tmp_path)
+    safetensors(tmp_path / "model.safetensors", header, data, length)
+    with pytest.raises(ValueError, match="header would end at byte"):
+        LM2.from_llama(tmp_path, block_size=8)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a whole .safetensors file"):
+        LM2.from_llama(tmp_path, block_size=8)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"model_type": "mistral"}, "model_type"), ({"head_dim": 4}, "head_dim"), ({"attention_bias": True}, "attention_bias"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_type"), ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_size": "x"}, "TypeError|ValueError"),
+    ({"hidden_size": 64}, "has shape"), ({"num_hidden_layers": 3}, "none holds blocks.2"), ({"num_hidden_layers": 1}, "no weight of this Llama")])
+def test_another_model_than_a_llama_is_refused(change, complaint, tmp_path):
+    llama_folder(tmp_path, **change)
+    with pytest.raises(ValueError, match=complaint) as e:
+        LM2.from_llama(tmp_path, block_size=8)
+    assert "\n" not in str(e.value)
+
+
+LOAD = """
+import re, sys
+sys.path.insert(0, sys.argv[1])
+from model import LM2, LM2Config
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+LM2(LM2Config(block_size=8, n_layer=1, n_embd=64, n_head=4, vocab_size=50))  # whatever the first model loads besides
+before = peak()
+model = LM2.from_llama(sys.argv[2], block_size=8)
+print((peak() - before) / (4 * model.num_params()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_takes_little_more_than_the_weights(dtype, tmp_path):
+    C, F, L, V = 1024, 4096, 4, 4096
+    config = {"model_type": "llama", "hidden_size": C, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": 16, "vocab_size": V,
+              "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"model.embed_tokens": (V, C), "model.norm": (C,)}
+    for i in range(L):
+        names.update({f"model.layers.{i}.self_attn.{x}_proj": (C, C) for x in "qkvo"})
+        names.update({f"model.layers.{i}.mlp.{x}_proj": (F, C) if x != "down" else (C, F) for x in ("gate", "up", "down")})
+        names.update({f"model.layers.{i}.{x}_layernorm": (C,) for x in ("input", "post_attention")})
+    header, end, item = {}, 0, DTYPES[dtype].itemsize
+    for name, shape in names.items():
+        header[name + ".weight"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + math.prod(shape) * item]}
+    safetensors(tmp_path / "model.safetensors", header, bytes(end))
+    done = subprocess.run([sys.executable, "-c", LOAD, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3
+
+
+def test_the_papers_size():
+    with torch.device("meta"):
+        model = LM2(LM2Config(block_size=2048, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, intermediate_size=8192, memory_slots=2048, vocab_size=128256))
+    d, kv = 2048, 512
+    block = 2 * d * d + 2 * d * kv + 3 * d * 8192 + 2 * d  # W_Q, W_O; W_K, W_V; feed-forward; norms
+    memory = 6 * d * d + 2 * d * kv + 4 * d  # W_out, W_c, W_in, U_in, W_forget, U_forget; D_K, D_V; three biases, salience
+    assert model.num_params(memory=False) == 128256 * d + 16 * block + d == 1_235_814_400
+    assert model.num_params() - model.num_params(memory=False) == 16 * memory == 436_338_688
 
 
 # ----------------------------------------------------------------------------- segments and memory

@@ -14,6 +14,7 @@ import torch
 import prepare_babilong as babilong
 import train
 from test_data import expected
+from test_model import llama_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -348,6 +349,40 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
     run(*common, "--eval_segments=2", f"--babi_dir={tmp_path}", f"--background={haystack}", "--intervention=reset")
     other = json.loads((tmp_path / "results-reset.json").read_text())
     assert other["config"]["data_hash"] != first["config"]["data_hash"] and other["results"][0]["intervention"] == "reset"
+
+
+def test_memory_is_grafted_onto_a_llama_and_trained(data_dir, tmp_path, capsys):
+    _, _, weights = llama_folder(tmp_path / "llama", vocab_size=900)
+    common = dict(init_from=tmp_path / "llama", n_layer=2, n_embd=32, n_head=4, max_iters=3, eval_segments="1")
+    run(*flags(data_dir, tmp_path / "out", **common), "--freeze_decoder")
+    trained = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
+    assert torch.equal(trained["blocks.1.mlp.w2.weight"], weights["model.layers.1.mlp.down_proj.weight"])
+    assert trained["blocks.0.memory.gain"].abs().sum() > 0 and len(trained["embed.weight"]) < 900
+    run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5")
+    later = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
+    assert torch.equal(later["embed.weight"], trained["embed.weight"])
+    assert not torch.equal(later["blocks.0.memory.w_out.weight"], trained["blocks.0.memory.w_out.weight"])
+    run(*flags(data_dir, tmp_path / "free", **common))
+    assert not torch.equal(torch.load(tmp_path / "free" / "ckpt.pt", weights_only=True)["model"]["embed.weight"], trained["embed.weight"])
+    for extra, complaint in ((["--n_layer=3"], "--n_layer=3, but"), (["--qk_norm"], "--qk_norm=True, but"), (["--preset=lm2-1.7b"], "for a new model"),
+                             (["--init_from=nowhere"], "nowhere/config.json is not the config of a Llama"),
+                             (["--memory_slots=0", "--freeze_decoder"], "leaves nothing to train")):
+        with pytest.raises(SystemExit) as e:
+            train.parse_args([*flags(data_dir, tmp_path / "x", **common), *extra])
+        assert e.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_llama_that_lacks_tokens_is_refused(data_dir, tmp_path):
+    llama_folder(tmp_path / "llama")
+    with pytest.raises(ValueError, match="knows 50 tokens, and the text"):
+        run(*flags(data_dir, tmp_path / "out", init_from=tmp_path / "llama", n_head=4))
+
+
+def test_presets_are_what_no_flag_says():
+    args, _ = train.parse_args(["--preset=lm2-1.7b", "--n_layer=4"])
+    config = train.model_config(args, 128256)
+    assert (config.n_layer, config.n_embd, config.n_kv_head, config.intermediate_size, config.memory_slots) == (4, 2048, 8, 8192, 2048)
+    assert config.tie_embeddings and not config.qk_norm and args.batch_size == train.parse_args([])[0].batch_size
 
 
 def test_wilson_interval():
