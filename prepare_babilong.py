@@ -14,6 +14,7 @@ References:
 """
 import argparse
 import ast
+import base64
 import hashlib
 import json
 import math
@@ -371,25 +372,53 @@ def train_tokenizer(sentences, vocab_size):
     return make_encoding(ranks)
 
 
-def make_encoding(ranks):
-    """The tiktoken.Encoding of {bytes: rank}. It has no special tokens: what a user types is always text."""
-    return tiktoken.Encoding("babilong", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+def make_encoding(ranks, pattern=PATTERN):
+    """
+    The tiktoken.Encoding of {bytes: rank}. It has no special tokens: what a user types is always text. Raises ValueError
+    where a rank or a byte is missing.
+    """
+    if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise ValueError("the tokenizer is not whole: a token is there twice, or a byte is missing")
+    return tiktoken.Encoding("babilong", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def dump_tokenizer(encoding):
     """The tokens of an encoding as JSON, in the order of their ranks, each byte one character (Latin-1)."""
-    return json.dumps([encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.n_vocab)], indent=0)
+    tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.n_vocab)]
+    return json.dumps(tokens if encoding._pat_str == PATTERN else {"pattern": encoding._pat_str, "tokens": tokens}, indent=0)
 
 
 def parse_tokenizer(text):
     """The encoding that dump_tokenizer wrote. Raises ValueError for anything else."""
     try:
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(json.loads(text))}
-    except (ValueError, AttributeError) as e:
+        tokens = json.loads(text)
+        pattern, tokens = (tokens["pattern"], tokens["tokens"]) if isinstance(tokens, dict) else (PATTERN, tokens)
+        return make_encoding({token.encode("latin-1"): rank for rank, token in enumerate(tokens)}, pattern)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"the tokenizer is not a list of tokens in JSON ({e})") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
-        raise ValueError("the tokenizer is not whole: a token is there twice, or a byte is missing")
-    return make_encoding(ranks)
+
+
+# how the tokenizer of Llama 3 cuts text before it merges bytes; its file holds the ranks alone
+LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def find_tokenizer(name):
+    """
+    The encoding of tiktoken that has this name, less its special tokens, or of a file like Llama 3's tokenizer.model (a line: a token
+    in base64, its rank). Raises ValueError where there is none, or where it cannot be fetched.
+    """
+    if name in ("gpt2", "cl100k_base", "o200k_base"):
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as e:  # tiktoken lets through whatever its http library raises
+            raise ValueError(f"tiktoken could not fetch {name} ({type(e).__name__}): without --tokenizer one is trained here, offline") from None
+        return make_encoding(encoding._mergeable_ranks, encoding._pat_str)
+    try:
+        pairs = [line.split() for line in Path(name).read_bytes().splitlines() if line]
+        return make_encoding({base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}, LLAMA_PATTERN)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--tokenizer={name} is neither gpt2, cl100k_base, o200k_base nor a file of tokens and ranks like Llama's "
+                         f"tokenizer.model ({e})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -546,7 +575,7 @@ class Babilong:
 # -----------------------------------------------------------------------------
 # the files
 
-def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000):
+def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000, tokenizer=None):
     """
     Writes data_dir: tokenizer.json, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
     the stories qa*.txt; no train/qa*.txt where stories are simulated, because training simulates fresh ones. All of
@@ -566,7 +595,8 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
         else:
             stories = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
             files[f"eval/{task}.txt"] = format_babi(task, stories)
-    files["tokenizer.json"] = dump_tokenizer(train_tokenizer(files["train/background.txt"].splitlines(), vocab_size))
+    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(files["train/background.txt"].splitlines(), vocab_size)
+    files["tokenizer.json"] = dump_tokenizer(encoding)
     digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
     meta = {"hash": digest, "tasks": ",".join(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
     files["meta.json"] = json.dumps(meta, indent=2) + "\n"
@@ -664,7 +694,9 @@ def get_parser():
     parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
     parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
     parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
-    parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer, at most")
+    parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer that is trained, at most")
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="gpt2, cl100k_base or o200k_base, which tiktoken fetches, or the "
+                        "tokenizer.model of a Llama 3; default: one trained on the haystack")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the evaluation stories")
     parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
     parser.add_argument("--length", type=length, help="of the sample shown, like 0k or 4k; default: --segments")
@@ -682,7 +714,7 @@ def main():
         parser.error(str(e))
     if not args.show or not Path(args.data_dir, "meta.json").exists():
         background = args.background.split(",") if args.background else None
-        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed)
+        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed, tokenizer=args.tokenizer)
         print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
     if args.show:
         show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)

@@ -1,11 +1,17 @@
 """The simulator against the rules of the published bAbI tasks, and the samples made from its stories."""
+import base64
+import os
 import random
 import re
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 import prepare_babilong as babilong
 from prepare_babilong import TASKS, Line, simulate
@@ -327,6 +333,50 @@ def test_any_unicode_survives(encoding):
     texts += ["".join(rng.choices(valid, k=200)) for _ in range(50)]
     for text in texts:
         assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def rank_file(path, *tokens):
+    """A file like Llama 3's tokenizer.model: the bytes, then the given tokens."""
+    tokens = [bytes([b]) for b in range(256)] + list(tokens)
+    path.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)))
+    return path
+
+
+def test_tokenizer_of_llama(tmp_path, haystack):
+    path = rank_file(tmp_path / "tokenizer.model", b"12", b"123", b" 1", b"th", b"the", b" the", b"'m", b"45")
+    meta = babilong.write_data(tmp_path / "data", ["qa1"], background=[str(haystack)], eval_stories=5, tokenizer=str(path))
+    encoding = babilong.load_data(tmp_path / "data", block_size=256)[1].encoding
+    pieces = [encoding.decode_single_token_bytes(t) for t in encoding.encode_ordinary("I'm the 12345")]
+    assert pieces == [b"I", b"'m", b" the", b" ", b"123", b"45"] and encoding.n_vocab == 264 and meta["hash"]  # at most three digits a piece
+    assert babilong.dump_tokenizer(babilong.parse_tokenizer(babilong.dump_tokenizer(encoding))) == babilong.dump_tokenizer(encoding)
+
+
+@pytest.mark.parametrize("content, complaint", [(b"", "not whole"), (b"AA== 0\n", "not whole"), (b"!!! 0\n", "neither gpt2"), (b"AA== 0 1\n", "neither gpt2"),
+                                                (b"AA== x\n", "neither gpt2"), (None, "neither gpt2")])
+def test_a_file_that_is_no_tokenizer_is_refused(content, complaint, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as e:
+        babilong.find_tokenizer(str(path))
+    assert "\n" not in str(e.value)
+
+
+def test_tokenizer_of_tiktoken_without_its_special_tokens(monkeypatch):
+    ranks = {bytes([b]): b for b in range(256)} | {b" a": 256}
+    theirs = tiktoken.Encoding("gpt2", pat_str=r" ?\w+|\s+|.", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": theirs}.get)
+    encoding = babilong.find_tokenizer("gpt2")
+    assert encoding.n_vocab == 257 and encoding.encode_ordinary("b a") == [98, 256] == theirs.encode_ordinary("b a")
+    assert encoding.decode(encoding.encode_ordinary("<|endoftext|>")) == "<|endoftext|>"
+
+
+def test_tokenizer_that_cannot_be_fetched_is_one_clear_line(tmp_path):
+    env = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:1", "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "NO_PROXY": "", "no_proxy": ""}
+    done = subprocess.run([sys.executable, str(Path(babilong.__file__)), "--tokenizer=o200k_base", f"--data_dir={tmp_path / 'data'}", "--tasks=qa1"],
+                          capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("prepare_babilong.py: error: tiktoken could not fetch o200k_base")
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
 
 
 def test_tokenizer_file_round_trip_and_damage(encoding):
