@@ -464,6 +464,7 @@ class Babilong:
         self.haystack = [tokens for tokens in haystack if len(tokens) >= MIN_TOKENS]
         if not self.haystack:
             raise ValueError(f"the background has no sentence of {MIN_TOKENS} tokens or more")
+        self.documents = [np.fromiter(chain(*self.haystack), dtype=np.int64)]  # for the perplexity of its text
         self.chars = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
         self.ones = [1] * encoding.n_vocab
         # every answer of a task takes the room of the longest: its position must not tell how long it is
@@ -570,6 +571,45 @@ class Babilong:
             if len(piece) <= room:
                 pieces[i], room = piece, room - len(piece)
         return np.array(list(chain(*(pieces[i] for i in sorted(pieces)))) + [self.newline] * room + list(question))
+
+
+class Documents:
+    """
+    Plain text in place of stories, for train.py --data. texts: documents; share: which part of each, from and to, 0 to 1. A sample is
+    consecutive segments of one document.
+    """
+
+    newline = -1  # is a token like any other here: what fills a sample is told apart by its place
+
+    def __init__(self, encoding, texts, block_size, share=(0.0, 1.0)):
+        self.encoding, self.block_size = encoding, block_size
+        parts = [text[int(share[0] * len(text)) : int(share[1] * len(text))] for text in texts]
+        self.documents = [np.array(tokens) for tokens in map(encoding.encode_ordinary, parts) if len(tokens) > 1]
+        self.ends = list(accumulate(map(len, self.documents)))
+        if not self.ends or self.ends[-1] < block_size:
+            raise ValueError(f"the text is too short: {share[1] - share[0]:.0%} of it must fill a segment of {block_size} tokens")
+
+    def digest(self):
+        """A hash of everything that samples are made of."""
+        return hashlib.sha256(b"".join(document.tobytes() + b"|" for document in self.documents)).hexdigest()[:16]
+
+    def sample(self, task, seed, index, segments, **which):
+        """Sample `index`, of `segments` segments; prompt: how many of its tokens are text, the others fill it up."""
+        rng, size = random.Random(f"{seed}/{segments}/{index}"), segments * self.block_size
+        at = rng.randrange(self.ends[-1])
+        document = self.documents[bisect(self.ends, at)]
+        start = max(0, min(at - (self.ends[bisect(self.ends, at)] - len(document)), len(document) - size))
+        tokens = document[start : start + size]
+        return Sample(np.pad(tokens, (0, size - len(tokens))), [], len(tokens), None, None, {}, ())
+
+
+def read_documents(path):
+    """The texts of a file, or of the *.txt files of a folder. Raises ValueError or OSError where there is no text."""
+    files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    texts = [text for text in map(read_text, files) if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no text")
+    return texts
 
 
 # -----------------------------------------------------------------------------

@@ -137,15 +137,19 @@ class Watch:
 # -----------------------------------------------------------------------------
 
 class Reader:
-    """A model and the state of what it has read: the memory, and the tokens since the memory was last written."""
+    """
+    A model and the state of what it has read: the memory, and the tokens since the memory was last written. plain: it learned from
+    plain text (train.py --data), and text is read as it is.
+    """
 
-    def __init__(self, model, encoding, watch=None):
-        self.model, self.encoding, self.watch, self.state = model, encoding, watch, None
+    def __init__(self, model, encoding, watch=None, plain=False):
+        self.model, self.encoding, self.watch, self.plain, self.state = model, encoding, watch, plain, None
 
     def read(self, text):
         """Reads text, without an answer."""
-        # as in training: sentences in one line, each with a space before it. A line break would look like padding
-        self._read(self.encoding.encode_ordinary(" " + " ".join(text.split())) if text.strip() else [])
+        if not self.plain:  # as in training: sentences in one line, each with a space before it. A line break would look like padding
+            text = " " + " ".join(text.split()) if text.strip() else ""
+        self._read(self.encoding.encode_ordinary(text))
 
     def _read(self, tokens):
         _, self.state = self.model.generate(torch.tensor([tokens], dtype=torch.int64, device=self.device), 0, self.state)
@@ -176,9 +180,9 @@ class Reader:
 
     def respond(self, text, args):
         """Reads text; answers its last sentence if that is a question, up to a full stop, else continues it."""
-        *before, last = babilong.split_sentences(text)
+        *before, last = [text] if self.plain else babilong.split_sentences(text)
         self.read(" ".join(before))
-        question = last.endswith("?")
+        question = last.endswith("?") and not self.plain
         if question:
             self.make_room(len(self.encoding.encode_ordinary(" " + last)) + args.answer_tokens)
         self.read(last)
@@ -301,7 +305,8 @@ def main(args):
         if (path := getattr(args, name)) and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name}={path}: there is no such folder")
     torch.manual_seed(args.seed)
-    model, encoding = load_model(load_checkpoint(args.out_dir), pick_device(args.device))
+    checkpoint = load_checkpoint(args.out_dir)
+    model, encoding = load_model(checkpoint, pick_device(args.device))
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     if (args.heatmap or args.show_memory) and not banks:
         raise ValueError(f"the model in {args.out_dir} has no memory bank to look at: it was trained with --memory_type={model.config.memory_type}")
@@ -309,7 +314,7 @@ def main(args):
         raise ValueError(f"--heatmap_layer={bad[0]}: the blocks with a memory bank are {', '.join(map(str, banks))}")
     look = banks and (args.heatmap or args.show_memory or args.interactive)
     watch = Watch(model, encoding, args.heatmap_layer or [banks[len(banks) // 2]], args.show_memory) if look else None
-    reader = Reader(model, encoding, watch)
+    reader = Reader(model, encoding, watch, plain=bool(checkpoint["args"].get("data")))
     if args.memory_file:
         reader.load(args.memory_file)
     if text:

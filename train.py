@@ -77,6 +77,8 @@ def get_parser():
     g.add_argument("--background", help="evaluate in these text files or folders, by commas, instead of data_dir's haystack")
     g = parser.add_argument_group("data")
     g.add_argument("--data_dir", default="data/babilong", help="folder of prepare_babilong.py; written with its defaults if missing")
+    g.add_argument("--data", metavar="FILE|DIR", help="train on this text, or on the *.txt files of this folder, instead of stories; the last "
+                   "tenth of each is held out. data_dir gives the tokenizer")
     g.add_argument("--tasks", default="qa1", help="bAbI tasks, like qa1,qa2, or all")
     g.add_argument("--data_block_size", type=number(int, 0, 2**20), default=0,
                    help="tokens of a segment in curriculum and table, for a window (block_size) of several; 0: block_size")
@@ -159,7 +161,9 @@ def parse_args(argv=None):
                 raise ValueError(f"--{name}={here}, but {source} has {value}")
         if args.preset and fixed and not checkpoint:
             raise ValueError(f"--preset={args.preset} is for a new model, but {source} has its own sizes")
-        args.tasks = babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
+        args.tasks = [] if args.data else babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
+        if args.data and (args.intervention != "none" or args.retrieve or args.babi_dir or args.background):
+            raise ValueError("--data is text without questions: --intervention, --retrieve, --babi_dir and --background do not go with it")
         if not args.curriculum:
             raise ValueError("--curriculum must name at least one number of segments")
         if checkpoint and len(args.curriculum) < checkpoint["stage"]:
@@ -174,6 +178,8 @@ def parse_args(argv=None):
             raise ValueError("--intervention needs a model with memory and --eval_samples of at least 2")
         if args.freeze_decoder and config.memory_type == "none":
             raise ValueError("--freeze_decoder leaves nothing to train in a model without memory")
+        if args.data:
+            args.answer_weight = 0.0
         if args.intervention != "none" and args.retrieve:
             raise ValueError("--intervention and --retrieve do not go together: what is retrieved fits one segment")
     except ValueError as e:
@@ -345,14 +351,16 @@ def guess(training, data, task, n=2000):
 
 @torch.no_grad()
 def perplexity(model, data, segments):
-    """exp of the mean loss over the haystack's own text, cut into texts of so many segments; and how many tokens it has."""
+    """exp of the mean loss over data's own text, each document cut into texts of so many segments; and how many tokens they have."""
     size = segments * data.block_size
-    tokens = list(chain(*data.haystack))
-    tokens = torch.tensor(tokens[: len(tokens) // size * size], device=model.embed.weight.device).view(-1, size)
+    tokens = np.concatenate([document[: len(document) // size * size] for document in data.documents]).reshape(-1, size)
+    if not len(tokens):
+        return None
+    tokens = torch.from_numpy(tokens).to(model.embed.weight.device)
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = -1
     losses = [model.unroll(i, t)[1].item() * len(i) for i, t in zip(tokens.split(16), targets.split(16))]
-    return {"perplexity": round(math.exp(sum(losses) / len(tokens)), 3), "tokens": tokens.numel()} if losses else None
+    return {"segments": segments, "perplexity": round(math.exp(sum(losses) / len(tokens)), 3), "tokens": tokens.numel()}
 
 
 def average(rows, kind=""):
@@ -363,7 +371,7 @@ def average(rows, kind=""):
     return mean, mean - low, mean + high
 
 
-def print_table(rows, guesses, fluency):
+def print_table(rows, guesses):
     """The layout of the paper's Table 1: tasks across, lengths down, the average last."""
     tasks, sizes = [g["task"] for g in guesses], {}
     for r in rows:
@@ -382,8 +390,6 @@ def print_table(rows, guesses, fluency):
                 mean, low, high = average(row, kind)
                 print(f"{name:<15}{round(np.mean([r['tokens'] for r in row])):8d} {sum(r[f'n{kind}'] for r in row):6d} "
                       + "".join(f"{cell:>7}" for cell in cells) + f"  {mean:7.1f}  {low:5.1f} - {high:5.1f}")
-    if fluency:
-        print(f"perplexity of the haystack's own text: {fluency['perplexity']} ({fluency['tokens']} tokens)")
 
 
 # -----------------------------------------------------------------------------
@@ -453,6 +459,8 @@ def draw_curves(out_dir, *entries):
             accuracy = np.mean([r["accuracy"] for r in e["eval"] if r["segments"] == segments])
             accuracies.setdefault(f"{segments} seg.", []).append((e["iter"], accuracy))
     charts = {"accuracy in %, held out": accuracies} if accuracies else {}
+    if fluency := [(e["iter"], e["perplexity"]) for e in entries if e.get("perplexity")]:
+        charts["perplexity of held-out text"] = {"by step": fluency}
     for title, name in ("training loss", "loss"), ("learning rate of AdamW", "lr"), ("stage of the curriculum", "stage"):
         charts[title] = {"by step": [(e["iter"], e[name]) for e in steps]}
     body, top = "", 0
@@ -501,7 +509,8 @@ class Batches(Dataset):
     def __getitem__(self, key):
         it, segments, noise = key
         B = self.batch_size // segments
-        samples = [self.data.sample(self.tasks[(it * B + i) % len(self.tasks)], self.seed, f"{it}.{i}", segments=segments,
+        tasks = self.tasks or [None]
+        samples = [self.data.sample(tasks[(it * B + i) % len(tasks)], self.seed, f"{it}.{i}", segments=segments,
                                     dense=True, noise=noise) for i in range(self.rank, B, self.world)]
         idx = np.stack([s.tokens for s in samples])
         targets = np.roll(idx, -1, axis=1)
@@ -509,6 +518,8 @@ class Batches(Dataset):
         targets[targets == self.data.newline] = -1
         answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
         for row, sample in enumerate(samples):
+            if not sample.answers:  # plain text, perhaps shorter than the sample
+                targets[row, sample.prompt - 1 :] = -1
             for start, end in sample.answers:
                 answer[row, start - 1 : end - 1] = first[row, start - 1] = True
         return key, tuple(map(torch.from_numpy, (idx, targets, answer, first)))
@@ -529,7 +540,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
     optimizers = model.configure_optimizers(args.weight_decay, args.learning_rate, (args.beta1, args.beta2), args.muon_lr)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     # the curriculum: stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments
-    stages, stage, began, running, it = [1] + args.curriculum, 0, 0, 0.0, 0
+    stages, began, running, it = [1] + args.curriculum, 0, 0.0, 0
+    stage = len(stages) - 1 if args.data else 0  # text has no answers that could tell when to go on
     if checkpoint:
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -596,7 +608,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         parts = [part.tensor_split(args.gradient_accumulation_steps) for part in batch]
         for i, (idx, targets, answer, first) in enumerate(zip(*[[p.to(device) for p in part] for part in parts])):
             # mean over all targets + answer_weight * mean over the answers', the means taken over the whole step
-            weights = ((targets != -1) / n_targets + args.answer_weight * answer / n_answers) / (1 + args.answer_weight)
+            weights = ((targets != -1) / n_targets + args.answer_weight * answer / max(1, n_answers)) / (1 + args.answer_weight)
             last = i == args.gradient_accumulation_steps - 1
             with network.no_sync() if world > 1 and not last else nullcontext():
                 with amp:
@@ -608,7 +620,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             right += (logits.argmax(-1) == targets[first]).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
         losses, right = total(losses, right)
-        accuracy = right / n_first
+        accuracy = right / max(1, n_first)
         if not math.isfinite(losses + norm):
             raise ValueError(f"at step {it} (samples {args.seed}/{it}) the loss is {losses} and the gradient's norm {norm}, first "
                              f"in {culprit(model)}: lower the learning rates. The last checkpoint is kept")
@@ -639,10 +651,11 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             rows = [evaluate(model, held_out, task, meta["seed"], 100, rank=rank, world=world, segments=s)
                     for task in args.tasks for s in sorted({1, *args.curriculum})]
+            text = perplexity(model, held_out, max(args.curriculum)) if args.data else None
             if master:
-                report(eval=rows)
+                report(**({"perplexity": text["perplexity"]} if text else {"eval": rows}))
                 draw_curves(out)
-                bar.write(f"step {it:5d}: " + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
+                bar.write(f"step {it:5d}: perplexity {text['perplexity']}" if text else f"step {it:5d}: " + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
         if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
         if stop:
@@ -678,9 +691,15 @@ def main(args, checkpoint):
         dist.all_gather_object(hashes, meta["hash"])
         if set(hashes) != {meta["hash"]}:
             raise ValueError(f"the processes have different data in {args.data_dir} ({', '.join(sorted(set(hashes)))}): copy one to all machines")
-    # before the training, so that a mistake in them shows at once
-    stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
-    sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
+    evaluated = held_out
+    if args.data:
+        texts = babilong.read_documents(args.data)
+        training, held_out = (babilong.Documents(training.encoding, texts, args.block_size, share) for share in ((0, 0.9), (0.9, 1)))
+        evaluated, meta = held_out, {"hash": training.digest(), "seed": 0, "tasks": ""}
+    elif args.babi_dir or args.background:  # before the training, so that a mistake in them shows at once
+        stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
+        sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
+        evaluated = babilong.Babilong(training.encoding, stories, sentences, training.block_size)
     if missing := [task for task in args.tasks if task not in meta["tasks"].split(",")]:
         raise ValueError(f"{args.data_dir} holds no {missing[0]}: prepare it with --tasks={','.join(args.tasks)}")
     torch.manual_seed(args.seed)
@@ -721,22 +740,25 @@ def main(args, checkpoint):
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
             return 130
 
-    if args.babi_dir or args.background:
-        held_out = babilong.Babilong(training.encoding, stories, sentences, training.block_size)
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
     long, rows = babilong.parse_length("8k"), []
     for task in args.tasks:
         for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
             n = args.eval_samples if babilong.parse_length(size.get("length", "0k")) <= long else -(-args.eval_samples // 10)
-            rows.append(evaluate(model, held_out, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, **size))
+            rows.append(evaluate(model, evaluated, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, **size))
     if rank == 0:
         iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
-        config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": held_out.digest()}
-        guesses, fluency = [guess(training, held_out, task) for task in args.tasks], perplexity(model, held_out, max(args.curriculum))
-        print_table(rows, guesses, fluency)
+        config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": evaluated.digest()}
+        guesses = [guess(training, evaluated, task) for task in args.tasks]
+        fluency = [f for s in (args.eval_segments if args.data else [max(args.curriculum)]) if (f := perplexity(model, evaluated, s))]
+        if rows:
+            print_table(rows, guesses)
+        for f in fluency:
+            print(f"perplexity of held-out text, {f['segments']} segments at a time: {f['perplexity']} ({f['tokens']} tokens)")
         how = f"-{args.intervention}" * (args.intervention != "none") + f"-retrieve{args.retrieve}" * (args.retrieve > 0)
         path = args.results or Path(args.out_dir, f"results{how}.json")
-        write_file(path, json.dumps({"config": config, "results": rows, "guesses": guesses, "perplexity": fluency}, indent=1))
+        write_file(path, json.dumps({"config": config, "results": rows, "guesses": guesses,
+                                     "perplexity": fluency[-1] if fluency else None, "perplexities": fluency}, indent=1))
         if not args.eval_only:
             draw_curves(args.out_dir, {"iter": iter_num, "eval": rows})
         print(f"written to {path}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import prepare_babilong as babilong
+import sample
 import train
 from test_data import expected
 from test_model import llama_folder
@@ -383,6 +384,59 @@ def test_presets_are_what_no_flag_says():
     config = train.model_config(args, 128256)
     assert (config.n_layer, config.n_embd, config.n_kv_head, config.intermediate_size, config.memory_slots) == (4, 2048, 8, 8192, 2048)
     assert config.tie_embeddings and not config.qk_norm and args.batch_size == train.parse_args([])[0].batch_size
+
+
+def test_plain_text_is_learned_and_sampled_as_it_is(data_dir, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for name, line in ("a", "one two three\n"), ("b", "four five six\n"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(line * 300)
+    run(*flags(data_dir, tmp_path / "out", data=tmp_path / "texts", max_iters=150, eval_interval=75, curriculum="2", learning_rate=0.01, eval_segments="1,2,99"))
+    printed = capsys.readouterr().out
+    found = re.findall(r"^perplexity of held-out text, (\d+) segments at a time: ([\d.]+)", printed, re.M)
+    assert [s for s, _ in found] == ["1", "2"] and float(found[1][1]) < 3 and "majority" not in printed  # 99 segments: no text is so long
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["perplexity"]["segments"] == 2 and len(results["perplexities"]) == 2 and results["results"] == []
+    assert "perplexity of held-out text" in picture(tmp_path / "out" / "curves.svg")
+    run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=151")
+    sample.main(sample.get_parser().parse_args([f"--out_dir={tmp_path / 'out'}", "--start=one two three\none two", "--temperature=0", "--max_new_tokens=12"]))
+    assert capsys.readouterr().out.endswith("\none two three\none two three\none two three\none two three\none two\n")
+    (tmp_path / "texts" / "a.txt").write_text("other text " * 300)
+    with pytest.raises(ValueError, match="has changed since the checkpoint"):
+        run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=152")
+
+
+def test_samples_of_text_stay_within_a_document(encoding):
+    texts = [f"{c} " * n for c, n in (("a", 500), ("b", 40), ("c", 3))]
+    documents = babilong.Documents(encoding, texts, block_size=8)
+    seen = set()
+    for i in range(300):
+        sample = documents.sample(None, 1, i, segments=4)
+        text = encoding.decode(sample.tokens[: sample.prompt].tolist())
+        assert len(sample.tokens) == 32 and len(set(text.split())) == 1 and not sample.answers
+        assert sample.prompt == min(32, len(documents.documents["abc".index(text.strip()[0])])) and not sample.tokens[sample.prompt :].any()
+        seen.add(text.strip()[0])
+    assert seen == set("abc") and documents.digest() != babilong.Documents(encoding, texts[:2], 8).digest()
+    targets = train.Batches(documents, train.parse_args(["--data=x", "--batch_size=512"])[0], 0, 1)[0, 4, False][1][1]
+    for row, i in zip(targets, range(128)):
+        assert (row == -1).sum() == 33 - documents.sample(None, 1337, f"0.{i}", segments=4).prompt
+
+
+@pytest.mark.parametrize("flag, complaint", [("--intervention=reset", "text without questions"), ("--retrieve=2", "text without questions"),
+                                             ("--babi_dir=x", "text without questions")])
+def test_text_has_no_questions(flag, complaint, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse_args(["--data=x", flag])
+    assert e.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_text_that_is_none(data_dir, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("ab")
+    for name, complaint in ("empty.txt", "holds no text"), ("", "holds no text"), ("nowhere", "nowhere"), ("short.txt", "too short"):
+        if not name:
+            (tmp_path / "empty").mkdir()
+        with pytest.raises((ValueError, OSError), match=complaint):
+            run(*flags(data_dir, tmp_path / "out", data=tmp_path / (name or "empty")))
 
 
 def test_wilson_interval():
