@@ -16,6 +16,7 @@ import argparse
 import ast
 import base64
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -24,10 +25,14 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from bisect import bisect
 from collections import Counter, defaultdict, namedtuple
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +258,15 @@ def read_text(path):
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
 
 
+def read_documents(path):
+    """The texts of a file, or of the *.txt files of a folder. Raises ValueError or OSError where there is no text."""
+    files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    texts = [text for text in map(read_text, files) if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no text")
+    return texts
+
+
 def read_babi(path):
     """Stories (lists of Lines) of a bAbI file. Raises ValueError, with the line's number, for anything else."""
     stories = []
@@ -286,6 +300,147 @@ def find_babi(folder, task):
 
 
 # -----------------------------------------------------------------------------
+# downloads, for those who ask for them
+
+TIMEOUT = 30  # seconds without a byte
+
+
+class SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to https, or within the host that was asked, and nowhere else."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        if new.scheme != "https" and new[:2] != old[:2]:
+            raise ValueError(f"{req.full_url} redirects to {newurl}, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch(url, path, check, most=2**31, tries=4, pause=1.0):
+    """
+    Downloads url to a file, unless it is there: goes on where an earlier try broke off, tries again after errors that may pass,
+    and puts the file in its place once check(text) has returned without a ValueError. Raises ValueError for what is not to be had,
+    is larger than `most` bytes, comes compressed or does not pass.
+    """
+    path, part, reason = Path(path), Path(f"{path}.part"), None
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i in range(tries):
+        time.sleep(pause * (2**i - 1))
+        start = part.stat().st_size if part.exists() else 0
+        headers = {"User-Agent": "lm2", "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+        try:
+            with urllib.request.build_opener(SafeRedirects).open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise ValueError(f"{url} comes compressed, which was not asked for")
+                if response.status != 206:
+                    start = 0  # it sends the whole again
+                elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                    raise ValueError("it goes on at another place than asked")
+                size = int(response.headers.get("Content-Length") or 0)
+                with open(part, "r+b" if start else "wb") as f, tqdm(total=start + size or None, initial=start, unit="B", unit_scale=True,
+                                                                     desc=path.name, leave=False, disable=None) as bar:
+                    f.seek(start)
+                    while block := response.read(2**16):
+                        f.write(block)
+                        bar.update(len(block))
+                        if f.tell() > most:
+                            raise ValueError(f"{url} is larger than {most} bytes")
+                    if size and f.tell() < start + size:
+                        raise OSError(f"broke off after {f.tell()} of {start + size} bytes")
+            check(read_text(part))
+            return os.replace(part, path)
+        except urllib.error.HTTPError as e:
+            reason = f"{e.code} {e.reason}"
+            if e.code == 416:  # what is there is longer than the file
+                part.unlink()
+            elif e.code < 500 and e.code != 429:
+                raise ValueError(f"{url} is not to be had: {reason}") from None
+        except ValueError as e:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{url} is not what was expected: {e}") from None
+        except (OSError, http.client.HTTPException) as e:
+            reason = getattr(e, "reason", None) or e
+    raise ValueError(f"{url} could not be fetched in {tries} tries ({reason}): run the same command again to go on where it broke off")
+
+
+# where things lie, as of 2025
+HUB = "https://huggingface.co"
+HUB_FILE = "{hub}/datasets/RMT-team/{dataset}/resolve/main/data/{task}/{length}.json"
+HUB_ROWS = "{rows}/rows?dataset=RMT-team%2F{dataset}&config={length}&split={task}&offset={offset}&length=100"
+ROWS = "https://datasets-server.huggingface.co"
+BOOKS = "https://www.gutenberg.org"
+BOOK_FILE = "{books}/cache/epub/{number}/pg{number}.txt"
+NOVELS = (84, 98, 1342, 1661, 2701)  # Frankenstein, A Tale of Two Cities, Pride and Prejudice, Sherlock Holmes, Moby Dick
+
+
+def parse_records(text):
+    """BABILong's published samples: a list of {"input", "question", "target"}. Raises ValueError for anything else."""
+    try:
+        records = [{name: r[name] for name in ("input", "question", "target")} for r in json.loads(text)]
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise ValueError(f"not a list of input, question and target in JSON ({type(e).__name__})") from None
+    if not records or not all(isinstance(value, str) for r in records for value in r.values()):
+        raise ValueError("no records, or some that are not text")
+    return records
+
+
+def fetch_babilong(folder, tasks, lengths, dataset="babilong", hub=HUB):
+    """Published evaluation sets as folder/task/length.json: from their JSON files or, where there are none, row by row."""
+    def rows(text):
+        try:
+            found = json.loads(text)
+            if not found["rows"] or any(row["truncated_cells"] for row in found["rows"]):
+                raise ValueError("texts of this length come cut short, or not at all")
+            return parse_records(json.dumps([row["row"] for row in found["rows"]])), min(found["num_rows_total"], 10_000)
+        except (TypeError, KeyError, RecursionError) as e:
+            raise ValueError(f"no rows in JSON ({type(e).__name__})") from None
+
+    for task, length in product(tasks, lengths):
+        path, names = Path(folder, task, f"{length}.json"), {"hub": hub, "dataset": dataset, "task": task, "length": length}
+        try:
+            fetch(HUB_FILE.format(**names), path, parse_records)
+        except ValueError as e:
+            if "404" not in str(e):
+                raise
+            records, total = [], 1
+            while len(records) < total:
+                page = path.with_name(f"{length}.{len(records)}.rows")
+                fetch(HUB_ROWS.format(rows=ROWS if hub == HUB else hub, offset=len(records), **names), page, rows)
+                found, total = rows(read_text(page))
+                records += found
+            write_file(path, json.dumps(records))
+            for page in path.parent.glob(f"{length}.*.rows"):
+                page.unlink()
+
+
+def strip_licence(text):
+    """The book itself, of a text from Project Gutenberg. Raises ValueError where it is not marked."""
+    match = re.search(r"\*\*\* ?START OF TH[EI]S? PROJECT GUTENBERG[^\n]*\*\*\*(.*)\*\*\* ?END OF TH[EI]S? PROJECT GUTENBERG", text, re.S)
+    if not match:
+        raise ValueError("no text between START and END of a Project Gutenberg book")
+    return match[1]
+
+
+def fetch_books(folder, books=BOOKS):
+    """The novels as texts."""
+    for number in NOVELS:
+        fetch(BOOK_FILE.format(books=books, number=number), Path(folder, f"pg{number}.txt"), strip_licence, most=2**25)
+    return [strip_licence(read_text(Path(folder, f"pg{number}.txt"))) for number in NOVELS]
+
+
+def write_file(path, content):
+    """Writes text, or bytes, whole or not at all."""
+    new = Path(f"{path}.tmp")
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    os.replace(new, path)
+
+
+# -----------------------------------------------------------------------------
 # the haystack and the tokenizer
 
 def split_sentences(text):
@@ -311,15 +466,16 @@ def python_documentation():
     return [s for doc in docs for par in re.split(r"\n\s*\n", doc) for s in split_sentences(par) if prose.fullmatch(s)]
 
 
-def read_background(paths=None):
+def read_background(paths=None, cache_dir="data/cache", books=BOOKS):
     """
-    The haystack: sentences of text files and of folders of *.txt, by default of Python's documentation; every one once,
-    and none that names a person of any task. Raises ValueError or OSError for paths that do not give a hundred.
+    The haystack: sentences of text files and of folders of *.txt, of novels that are fetched into cache_dir for the path "gutenberg", by
+    default of Python's documentation; every one once, and none that names a person of any task. Raises ValueError or OSError
+    for paths that do not give a hundred.
     """
     sentences = python_documentation() if paths is None else []
-    for path in map(Path, paths or ()):
-        for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
-            sentences += split_sentences(read_text(file))
+    for path in paths or ():
+        for text in fetch_books(Path(cache_dir, "gutenberg"), books) if path == "gutenberg" else read_documents(path):
+            sentences += split_sentences(text)
     person = re.compile(rf"\b({'|'.join(ALL_PEOPLE)})\b")
     sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
     if len(sentences) < 100:
@@ -573,6 +729,31 @@ class Babilong:
         return np.array(list(chain(*(pieces[i] for i in sorted(pieces)))) + [self.newline] * room + list(question))
 
 
+class Published(Babilong):
+    """BABILong's published samples, of folder/task/length.json, in place of our own. Which facts an answer rests on they do not say."""
+
+    def __init__(self, like, folder):
+        super().__init__(like.encoding, None, like.sentences, like.block_size)
+        self.folder = folder
+        self.read = lru_cache()(lambda task, length: parse_records(read_text(Path(folder, task, f"{length}.json"))))
+
+    def digest(self):
+        """A hash of the files."""
+        return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(self.folder).rglob("*.json")))).hexdigest()[:16]
+
+    def sample(self, task, seed, index, length):
+        """Sample `index` of a file: the text, newlines up to a border, the question, and room for its answer."""
+        record, T = self.read(task, length)[index], self.block_size
+        text = self.encoding.encode_ordinary("".join(" " + s for s in split_sentences(record["input"])))
+        question = list(self.encode(" " + " ".join(record["question"].split())))
+        end = len(question) + self.room[task]
+        if end > T:
+            raise ValueError(f"a question of {len(question)} tokens and its answer do not fit a segment of {T}")
+        tokens = text + [self.newline] * (-(len(text) + end) % T) + question
+        tokens = np.array(tokens + [self.newline] * self.room[task])
+        return Sample(tokens, [], len(tokens) - self.room[task], record["question"], record["target"], {}, ())
+
+
 class Documents:
     """
     Plain text in place of stories, for train.py --data. texts: documents; share: which part of each, from and to, 0 to 1. A sample is
@@ -603,26 +784,18 @@ class Documents:
         return Sample(np.pad(tokens, (0, size - len(tokens))), [], len(tokens), None, None, {}, ())
 
 
-def read_documents(path):
-    """The texts of a file, or of the *.txt files of a folder. Raises ValueError or OSError where there is no text."""
-    files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
-    texts = [text for text in map(read_text, files) if text.strip()]
-    if not texts:
-        raise ValueError(f"{path} holds no text")
-    return texts
-
-
 # -----------------------------------------------------------------------------
 # the files
 
-def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000, tokenizer=None):
+def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000, tokenizer=None,
+               cache_dir="data/cache", books=BOOKS):
     """
     Writes data_dir: tokenizer.json, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
     the stories qa*.txt; no train/qa*.txt where stories are simulated, because training simulates fresh ones. All of
     it or, on any error, nothing. Raises ValueError for input it cannot use, OSError for files it cannot read or write.
     """
     source = ",".join(background) if background else f"documentation of Python {'.'.join(map(str, sys.version_info[:3]))}"
-    sentences = read_background(background)
+    sentences = read_background(background, cache_dir, books)
     files = {}  # name: text or stories
     for split, held_out in (("train", False), ("eval", True)):  # a tenth, in runs of 50 sentences, is for evaluation
         part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
@@ -733,11 +906,18 @@ def get_parser():
     parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
     parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
     parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
-    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack")
+    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack; gutenberg: novels, fetched")
     parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer that is trained, at most")
     parser.add_argument("--tokenizer", metavar="NAME|FILE", help="gpt2, cl100k_base or o200k_base, which tiktoken fetches, or the "
                         "tokenizer.model of a Llama 3; default: one trained on the haystack")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the evaluation stories")
+    parser.add_argument("--source", choices=("local", "hub"), default="local", help="hub: fetch BABILong's published evaluation sets instead, "
+                        "for train.py --eval_only --babilong_dir=CACHE_DIR/DATASET")
+    parser.add_argument("--lengths", default="0k,1k,2k,4k", help="of --source=hub")
+    parser.add_argument("--dataset", choices=("babilong", "babilong-1k-samples"), default="babilong", help="of --source=hub: 100 or 1,000 samples each")
+    parser.add_argument("--hub_url", default=HUB, help="a mirror of the hub")
+    parser.add_argument("--books_url", default=BOOKS, help="a mirror of Project Gutenberg")
+    parser.add_argument("--cache_dir", default="data/cache", help="where downloads are kept")
     parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
     parser.add_argument("--length", type=length, help="of the sample shown, like 0k or 4k; default: --segments")
     parser.add_argument("--segments", type=number(int, 1, 10**6), default=4, help="of the sample shown")
@@ -749,12 +929,19 @@ def main():
     parser = get_parser()
     args = parser.parse_args()
     try:
-        tasks = parse_tasks(args.tasks)
+        tasks, lengths = parse_tasks(args.tasks), args.lengths.split(",")
+        for name in lengths:
+            parse_length(name)
     except ValueError as e:
         parser.error(str(e))
+    if args.source == "hub":
+        folder = Path(args.cache_dir, args.dataset)
+        fetch_babilong(folder, tasks, lengths, args.dataset, args.hub_url.rstrip("/"))
+        return print(f"in {folder}: {args.lengths} of {', '.join(tasks)}")
     if not args.show or not Path(args.data_dir, "meta.json").exists():
         background = args.background.split(",") if args.background else None
-        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed, tokenizer=args.tokenizer)
+        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed, tokenizer=args.tokenizer,
+                          cache_dir=args.cache_dir, books=args.books_url.rstrip("/"))
         print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
     if args.show:
         show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)

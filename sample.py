@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import prepare_babilong as babilong
-from prepare_babilong import Parser, number
-from train import load_checkpoint, load_model, pick_device, several, svg, write_file
+from prepare_babilong import Parser, number, write_file
+from train import load_checkpoint, load_model, pick_device, several, svg
 
 STORY = "Mary went to the office. John moved to the garden. Where is Mary?"
 

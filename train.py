@@ -22,7 +22,7 @@ from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from html import escape
-from itertools import chain, cycle
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import prepare_babilong as babilong
 from model import LM2, LM2Config, llama_config
-from prepare_babilong import Parser, number
+from prepare_babilong import Parser, number, write_file
 
 # -----------------------------------------------------------------------------
 # flags
@@ -74,6 +74,8 @@ def get_parser():
     g.add_argument("--results", metavar="FILE", help="where the table goes as JSON; default: results.json in out_dir, or "
                    "results-reset.json, results-retrieve4.json and the like")
     g.add_argument("--babi_dir", help="evaluate on the bAbI files of this folder instead of data_dir's stories")
+    g.add_argument("--babilong_dir", help="evaluate on BABILong's published samples, which prepare_babilong.py --source=hub fetches; writes "
+                   "predictions.jsonl to out_dir")
     g.add_argument("--background", help="evaluate in these text files or folders, by commas, instead of data_dir's haystack")
     g = parser.add_argument_group("data")
     g.add_argument("--data_dir", default="data/babilong", help="folder of prepare_babilong.py; written with its defaults if missing")
@@ -157,13 +159,16 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         config = model_config(args, vocab_size=1)
         for name, value in fixed.items():
-            if (here := getattr(config, name)) != value:
+            if (here := getattr(config, name, None)) != value:
                 raise ValueError(f"--{name}={here}, but {source} has {value}")
         if args.preset and fixed and not checkpoint:
             raise ValueError(f"--preset={args.preset} is for a new model, but {source} has its own sizes")
         args.tasks = [] if args.data else babilong.parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
-        if args.data and (args.intervention != "none" or args.retrieve or args.babi_dir or args.background):
-            raise ValueError("--data is text without questions: --intervention, --retrieve, --babi_dir and --background do not go with it")
+        if args.data and (args.intervention != "none" or args.retrieve or args.babi_dir or args.background or args.babilong_dir):
+            raise ValueError("--data is text without questions: --intervention, --retrieve, --babi_dir, --babilong_dir and --background do not "
+                             "go with it")
+        if args.babilong_dir and (args.babi_dir or args.background):
+            raise ValueError("--babilong_dir holds whole samples: --babi_dir and --background do not go with it")
         if not args.curriculum:
             raise ValueError("--curriculum must name at least one number of segments")
         if checkpoint and len(args.curriculum) < checkpoint["stage"]:
@@ -281,12 +286,12 @@ def pick_device(name):
 # -----------------------------------------------------------------------------
 # evaluation
 
-def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0, world=1, **size):
+def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0, world=1, predictions=None, **size):
     """
     Answers n evaluation samples of `task`, greedily, and scores them. size: segments=4 or length="4k". Each of
-    `world` processes takes every world-th sample. Returns the row for results.json.
+    `world` processes takes every world-th sample. Returns the row for results.json; each answer is appended to predictions.
     """
-    device, rows = model.embed.weight.device, []
+    device, rows, told = model.embed.weight.device, [], []
     share = range(rank, n, world)
     tokens = len(data.sample(task, seed, 0, **size).tokens)
     most = max(1, min(2**15 // model.config.block_size, 2**25 // tokens))  # at once: bounds what a segment, and all texts, take
@@ -306,15 +311,18 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0
                 state = state[0].roll(1, dims=1), state[1]
             out, _ = model.generate(idx[:, :0], data.room[task], state, temperature=0)
             for s, answer in zip(samples, out.tolist()):
-                last_segment = len(s.tokens) - data.block_size
-                rows.append((babilong.score(task, s.question, s.target, data.encoding.decode(answer)),
-                             all(s.facts[i][1] <= last_segment for i in s.support),  # outside the window
-                             max(s.facts) not in s.support,  # something else happened since
+                last_segment, output = len(s.tokens) - data.block_size, data.encoding.decode(answer)
+                rows.append((babilong.score(task, s.question, s.target, output),
+                             bool(s.facts) and all(s.facts[i][1] <= last_segment for i in s.support),  # outside the window
+                             bool(s.facts) and max(s.facts) not in s.support,  # something else happened since
                              len(s.tokens)))
+                told.append({"task": task, **size, "question": s.question, "target": s.target, "output": output, "right": bool(rows[-1][0])})
     if world > 1:
         gathered = [None] * world
-        dist.all_gather_object(gathered, rows)
-        rows = sum(gathered, [])
+        dist.all_gather_object(gathered, (rows, told))
+        rows, told = (sum(part, []) for part in zip(*gathered))
+    if predictions is not None:
+        predictions += told
     right, outside, earlier, tokens = np.array(rows).T
     row = {"task": task, "length": size.get("length"), "segments": size.get("segments"), "tokens": round(float(tokens.mean())),
            "intervention": intervention, "retrieve": retrieve}
@@ -468,17 +476,6 @@ def draw_curves(out_dir, *entries):
         part, top = chart(title, series, top)
         body += part
     write_file(Path(out_dir, "curves.svg"), svg(480, top, "learning curves", body))
-
-
-def write_file(path, content):
-    """Writes text, or bytes, whole or not at all."""
-    new = Path(f"{path}.tmp")
-    try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-    os.replace(new, path)
 
 
 # -----------------------------------------------------------------------------
@@ -691,12 +688,16 @@ def main(args, checkpoint):
         dist.all_gather_object(hashes, meta["hash"])
         if set(hashes) != {meta["hash"]}:
             raise ValueError(f"the processes have different data in {args.data_dir} ({', '.join(sorted(set(hashes)))}): copy one to all machines")
-    evaluated = held_out
-    if args.data:
+    evaluated, predictions = held_out, []
+    if args.babilong_dir:
+        evaluated = babilong.Published(held_out, args.babilong_dir)
+        for task, length in product(args.tasks, args.eval_lengths):
+            evaluated.read(task, length)  # before the training, so that a mistake in them shows at once
+    elif args.data:
         texts = babilong.read_documents(args.data)
         training, held_out = (babilong.Documents(training.encoding, texts, args.block_size, share) for share in ((0, 0.9), (0.9, 1)))
         evaluated, meta = held_out, {"hash": training.digest(), "seed": 0, "tasks": ""}
-    elif args.babi_dir or args.background:  # before the training, so that a mistake in them shows at once
+    elif args.babi_dir or args.background:
         stories = {task: babilong.find_babi(args.babi_dir, task) for task in args.tasks} if args.babi_dir else held_out.stories
         sentences = babilong.read_background(args.background.split(",")) if args.background else held_out.sentences
         evaluated = babilong.Babilong(training.encoding, stories, sentences, training.block_size)
@@ -740,16 +741,18 @@ def main(args, checkpoint):
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
             return 130
 
-    sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments]
+    sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments if not args.babilong_dir]
     long, rows = babilong.parse_length("8k"), []
     for task in args.tasks:
         for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
             n = args.eval_samples if babilong.parse_length(size.get("length", "0k")) <= long else -(-args.eval_samples // 10)
-            rows.append(evaluate(model, evaluated, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, **size))
+            if args.babilong_dir:
+                n = min(args.eval_samples, len(evaluated.read(task, size["length"])))
+            rows.append(evaluate(model, evaluated, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, predictions, **size))
     if rank == 0:
         iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
         config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": evaluated.digest()}
-        guesses = [guess(training, evaluated, task) for task in args.tasks]
+        guesses = [guess(training, held_out if args.babilong_dir else evaluated, task) for task in args.tasks]
         fluency = [f for s in (args.eval_segments if args.data else [max(args.curriculum)]) if (f := perplexity(model, evaluated, s))]
         if rows:
             print_table(rows, guesses)
@@ -761,6 +764,8 @@ def main(args, checkpoint):
                                      "perplexity": fluency[-1] if fluency else None, "perplexities": fluency}, indent=1))
         if not args.eval_only:
             draw_curves(args.out_dir, {"iter": iter_num, "eval": rows})
+        if args.babilong_dir:
+            write_file(Path(args.out_dir, "predictions.jsonl"), "".join(json.dumps(p) + "\n" for p in predictions))
         print(f"written to {path}")
     if world > 1:
         dist.destroy_process_group()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prepare_babilong import Parser  # noqa: E402
-from train import average, chart, kept_flags, svg, write_file  # noqa: E402
+from prepare_babilong import Parser, write_file  # noqa: E402
+from train import average, chart, kept_flags, svg  # noqa: E402
 
 
 def load(path):
