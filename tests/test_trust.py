@@ -313,7 +313,7 @@ def test_random_flags_work_or_are_refused_in_one_line(n, data_dir, tmp_path, mon
         for action in rng.sample(ACTIONS, rng.randint(1, 6)):
             if action.dest in ("out_dir", "data_dir"):
                 continue
-            value = rng.choice([*SENSELESS, *map(str, action.choices or ()), action.default, action.default])
+            value = rng.choice([*SENSELESS, *map(str, action.choices or ()), *[action.default] * 8])
             if value is None:
                 continue  # the default: not given
             line.append(action.option_strings[0] + ("" if action.nargs == 0 else f"={value}"))
