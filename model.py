@@ -22,11 +22,13 @@ HOW DO T TOKENS UPDATE N SLOTS? The paper's equations (4)-(6) multiply T x C gat
 say. This file's answer, and the one place where it had to decide:
   * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
     the segment is full. So no token can see a later one, whatever T and N are.
-  * Rows. The segment is cut into N chunks of consecutive tokens. Slot i gathers chunk i, weighted by a learned
-    salience, into one candidate row; then (4)-(6) apply row by row, the gates seeing candidate and old slot.
-    A chunk may hold nothing: what a slot takes from each chunk of idle talk would soon bury its facts.
+  * Rows. The segment is cut into N chunks of consecutive tokens. Each is gathered, weighted by a learned salience, into one
+    candidate row, and claims a slot or declines: what slots took from idle talk would soon bury their facts. Those that
+    claim one take, in their order, the slots that were written longest ago. Then (4)-(6) apply row by row, the gates
+    seeing candidate and old slot.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
+  * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
   * Recency. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries
     its age, the time since a chunk was written into it, and a read prefers the younger of equals.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
@@ -223,32 +225,43 @@ class Memory(nn.Module):
         return attn.heads(k, norm=True), attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
 
     def gather(self, h, m):
-        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N, 1), 0 to 1."""
+        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N), 0 to 1, by chunk."""
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
         h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, N, w, C)
         logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, N, w)
         claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, w + 1)
-        return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1:]
+        return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1]
+
+    def assign(self, claimed, age):
+        """The chunk that each slot is offered, (B, N) int64: those that claim one take, in order, the slots written longest ago."""
+        chunks = (claimed > 0.5).long().argsort(dim=1, descending=True, stable=True)
+        slots = age.round().argsort(dim=1, descending=True, stable=True)  # rounded: equals shall stay in order
+        return torch.empty_like(chunks).scatter_(1, slots, chunks)
 
     def gates(self, h, M):
-        """What write applies to the bank: the candidates c (B, N, C), claimed (B, N, 1), g_in and g_forget (B, N, C)."""
+        """
+        What write applies to the bank, by slot: candidates c (B, N, C), claimed (B, N), g_in and g_forget (B, N, C), and the
+        chunk (B, N) int64 that c comes from.
+        """
         m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
         c, claimed = self.gather(h, m)
+        chunk = self.assign(claimed, M[..., -1])
+        c, claimed = c.gather(1, chunk[..., None].expand_as(c)), claimed.gather(1, chunk)  # from chunks to slots
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
         # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996
         g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
-        return c, claimed, g_in, g_forget
+        return c, claimed, g_in, g_forget, chunk
 
     def write(self, h, M):
         """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
-        c, claimed, g_in, g_forget = self.gates(h, M)
-        M, age = M[..., :-1], M[..., -1:]  # (B, N, C), (B, N, 1)
+        c, claimed, g_in, g_forget, chunk = self.gates(h, M)
+        M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
         # age: chunks since the slot was written; chunk i of this segment is N - 1 - i before its end
-        written = torch.arange(M.size(1) - 1, -1, -1, device=M.device)[:, None]  # (N, 1)
-        return torch.cat((M, claimed * written + (1 - claimed) * (age + M.size(1))), dim=-1)
+        age = claimed * (age.size(1) - 1 - chunk) + (1 - claimed) * (age + age.size(1))
+        return torch.cat((M, age[..., None]), dim=-1)
 
 
 class Block(nn.Module):

@@ -90,11 +90,13 @@ def blocks(rows, tokens, colour):
 class Watch:
     """
     Looks on while blocks (counted from 1) read and write: attention[n] is A (T, N) of the last call, the mean over the
-    heads. If `tell` is on, says in a line what each segment did to the bank.
+    heads; written[n] has, for each segment, the chunk that went into each slot, -1 for none. If `tell` is on, says in a line
+    what each segment did to the bank.
     """
 
     def __init__(self, model, encoding, layers, tell):
         self.model, self.encoding, self.tell, self.attention, self.out = model, encoding, tell, {}, {}
+        self.written = {n: [] for n in layers}
         model.embed.register_forward_hook(lambda module, args, out: setattr(self, "tokens", args[0][0].tolist()))
         for n in layers:
             block = model.blocks[n - 1]
@@ -105,14 +107,17 @@ class Watch:
         (_, _, M, cache), (_, h) = args, out
         q = block.attn.heads(block.attn.wq(h), norm=True)
         self.attention[n] = block.memory.attention(q, M, block.attn)[0].mean(dim=0).float().cpu()  # (T, N)
-        if not self.tell or cache is not None or len(self.tokens) < self.model.config.block_size:
+        if cache is not None or len(self.tokens) < self.model.config.block_size:
             return
-        _, claimed, g_in, g_forget = block.memory.gates(h, M)
-        written = claimed[0, :, 0] > 0.5  # (N,)
+        _, claimed, g_in, g_forget, chunk = block.memory.gates(h, M)
+        written = claimed[0] > 0.5  # (N,)
+        self.written[n].append(torch.where(written, chunk[0], -1))
+        if not self.tell:
+            return
         moved = (block.memory.write(h, M) - M)[0, :, :-1].norm(dim=-1)  # (N,)
         means = [f"{gate[0, slots].mean().item():.2f}" if slots.any() else "-"
                  for gate, slots in ((g_in, written), (g_forget, written), (g_forget, ~written))]
-        chunks = block.memory.chunks.tolist()
+        chunks = block.memory.chunks[chunk[0]].tolist()  # of each slot, the tokens
         most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}" for i in moved.topk(min(3, len(moved))).indices]
         print("[block {}: {} of {} slots written, gates there: in {}, forget {} (elsewhere {}), out {:.2f}; most changed: {}]".format(
             n, written.sum(), len(moved), *means, self.out[n], ", ".join(most)))

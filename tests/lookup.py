@@ -21,6 +21,8 @@ def look_up(model, data, task, seed, i, segments, watch):
     """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there})."""
     sample, T = data.sample(task, seed, i, segments=segments), model.config.block_size
     idx = torch.from_numpy(sample.tokens[: sample.prompt])[None]
+    for written in watch.written.values():
+        written.clear()
     _, (memory, tail) = model.generate(idx, 0)
     out, _ = model.generate(idx[:, :0], data.room[task], (memory, tail), temperature=0)
     right = babilong.score(task, sample.question, sample.target, data.encoding.decode(out[0].tolist()))
@@ -30,8 +32,11 @@ def look_up(model, data, task, seed, i, segments, watch):
     model.segment(tail, memory)
     looked = {}
     for n, A in watch.attention.items():
-        chunk = model.blocks[n - 1].memory.chunks[A[-1].argmax()].tolist()
-        looked[n] = not places.isdisjoint(chunk)
+        written = watch.written[n][:segments - 1]
+        chunks = [] if segment == segments - 1 else written[segment].tolist()
+        slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(model.blocks[n - 1].memory.chunks[chunk].tolist())
+                 and all(later[slot] < 0 for later in written[segment + 1 :])]
+        looked[n] = A[-1].argmax().item() in slots
     return segments - 1 - segment, bool(right), looked
 
 

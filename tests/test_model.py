@@ -84,9 +84,17 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
     w, B = model.blocks[1].memory, 2
     h, M = torch.randn(B, T, 16, dtype=torch.float64), bank(B, N)
     expected, covered = torch.zeros_like(M), set()
+    h[:, -1] = -4 * w.salience / w.salience.norm()  # the last chunk will claim little
     for b in range(B):
-        for i in range(N):
-            chunk = list(range(i * T // N, max(i * T // N + 1, (i + 1) * T // N)))
+        claims = []
+        for j in range(N):
+            chunk = range(j * T // N, max(j * T // N + 1, (j + 1) * T // N))
+            e = sum(math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk)
+            claims.append(e / (1 + e))
+        order = [j for j in range(N) if claims[j] > 0.5] + [j for j in range(N) if claims[j] <= 0.5]
+        slots = sorted(range(N), key=lambda i: -round(M[b, i, -1].item()))  # the oldest first; Python's sort is stable
+        for j, i in zip(order, slots):
+            chunk = list(range(j * T // N, max(j * T // N + 1, (j + 1) * T // N)))
             covered.update(chunk)
             e = [math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk]
             c = sum(x / (1 + sum(e)) * h[b, t] for x, t in zip(e, chunk))
@@ -95,7 +103,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
             g_forget = torch.sigmoid(w.w_forget.weight @ c + w.w_forget.bias + w.u_forget.weight @ m)
             expected[b, i, :-1] = g_in * torch.tanh(w.w_cand.weight @ c) + g_forget * M[b, i, :-1]
             claimed = sum(e) / (1 + sum(e))
-            expected[b, i, -1] = claimed * (N - 1 - i) + (1 - claimed) * (M[b, i, -1] + N)
+            expected[b, i, -1] = claimed * (N - 1 - j) + (1 - claimed) * (M[b, i, -1] + N)
     assert covered == set(range(T)) or N > T
     # the gates are computed in float32
     torch.testing.assert_close(w.write(h, M), expected, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ the rule's name.
 $ python tests/variants.py shared --out_dir=out-shared      # reads with W_K and W_V of the block's self-attention alone
 $ python tests/variants.py independent                      # reads with W_K and W_V of its own, drawn independently
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
+$ python tests/variants.py positional                       # writes chunk i into slot i, not into the oldest
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
 $ python tests/variants.py blunt                            # the salience without its factor of 8
 $ python tests/variants.py mean                             # writes the plain mean of every chunk (the released code's pooling)
@@ -50,12 +51,19 @@ class TimelessRead(model.Memory):
         self.recency = 0.0
 
 
+class PositionalWrite(model.Memory):
+    """Chunk i is offered to slot i: a later fact in the same chunk takes its place."""
+
+    def assign(self, claimed, age):
+        return torch.arange(age.size(1), device=age.device).expand_as(age)
+
+
 class AlwaysWrite(model.Memory):
     """The tokens of a chunk share the whole weight, whatever they are."""
 
     def gather(self, h, m):
         c, claimed = super().gather(h, m)
-        return c / claimed, torch.ones_like(claimed)
+        return c / claimed[..., None], torch.ones_like(claimed)
 
 
 class BluntWrite(model.Memory):
@@ -74,7 +82,7 @@ class MeanWrite(AlwaysWrite):
         self.salience.requires_grad_(False)
 
 
-class Addressed(TimelessRead):
+class Addressed(TimelessRead, PositionalWrite):
     """Slots and tokens find each other by content, with matrices of their own; every slot is written in every segment."""
 
     drawn = ("w_slot", "w_token")
@@ -86,7 +94,7 @@ class Addressed(TimelessRead):
     def gather(self, h, m):
         slot, token = (model.rms_norm(w(x).float()) for w, x in ((self.w_slot, m), (self.w_token, h)))
         claim = self.share(2 * slot.size(-1) ** -0.5 * slot @ token.mT)  # (B, N, T)
-        return claim.to(h.dtype) @ h, torch.ones_like(m[..., :1])
+        return claim.to(h.dtype) @ h, torch.ones_like(m[..., 0])
 
 
 class SlotsAsQueries(Addressed):
@@ -106,7 +114,7 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "timeless": TimelessRead, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
+RULES = {"shared": SharedRead, "independent": IndependentRead, "timeless": TimelessRead, "positional": PositionalWrite, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
 
