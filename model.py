@@ -24,7 +24,7 @@ say. This file's answer, and the one place where it had to decide:
     the segment is full. So no token can see a later one, whatever T and N are.
   * Rows. The segment is cut into N chunks of consecutive tokens. Each is gathered, weighted by a learned salience, into one
     candidate row, and claims a slot or declines: what slots took from idle talk would soon bury their facts. Those that
-    claim one take, in their order, the slots that were written longest ago. Then (4)-(6) apply row by row, the gates
+    claim most take, in their order, the slots that were written longest ago. Then (4)-(6) apply row by row, the gates
     seeing candidate and old slot.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
@@ -233,9 +233,9 @@ class Memory(nn.Module):
         return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1]
 
     def assign(self, claimed, age):
-        """The chunk that each slot is offered, (B, N) int64: those that claim one take, in order, the slots written longest ago."""
-        chunks = (claimed > 0.5).long().argsort(dim=1, descending=True, stable=True)
-        slots = age.round().argsort(dim=1, descending=True, stable=True)  # rounded: equals shall stay in order
+        """The chunk that each slot is offered, (B, N) int64: what is claimed most goes where nothing was written for longest."""
+        chunks = (8 * claimed).round().argsort(dim=1, descending=True, stable=True)  # rounded: equals shall stay in order
+        slots = age.round().argsort(dim=1, descending=True, stable=True)
         return torch.empty_like(chunks).scatter_(1, slots, chunks)
 
     def gates(self, h, M):

@@ -114,13 +114,13 @@ class Watch:
         self.written[n].append(torch.where(written, chunk[0], -1))
         if not self.tell:
             return
-        moved = (block.memory.write(h, M) - M)[0, :, :-1].norm(dim=-1)  # (N,)
+        moved = (block.memory.write(h, M) - M)[0, :, :-1].norm(dim=-1) * written  # (N,)
         means = [f"{gate[0, slots].mean().item():.2f}" if slots.any() else "-"
                  for gate, slots in ((g_in, written), (g_forget, written), (g_forget, ~written))]
         chunks = block.memory.chunks[chunk[0]].tolist()  # of each slot, the tokens
-        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}" for i in moved.topk(min(3, len(moved))).indices]
+        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}" for i in moved.topk(min(3, int(written.sum()))).indices]
         print("[block {}: {} of {} slots written, gates there: in {}, forget {} (elsewhere {}), out {:.2f}; most changed: {}]".format(
-            n, written.sum(), len(moved), *means, self.out[n], ", ".join(most)))
+            n, written.sum(), len(moved), *means, self.out[n], ", ".join(most) or "-"))
 
     @torch.no_grad()
     def look(self, state):

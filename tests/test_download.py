@@ -67,7 +67,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.answers, server.asked, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -91,7 +91,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N):
             chunk = range(j * T // N, max(j * T // N + 1, (j + 1) * T // N))
             e = sum(math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk)
             claims.append(e / (1 + e))
-        order = [j for j in range(N) if claims[j] > 0.5] + [j for j in range(N) if claims[j] <= 0.5]
+        order = sorted(range(N), key=lambda j: -round(8 * claims[j]))
         slots = sorted(range(N), key=lambda i: -round(M[b, i, -1].item()))  # the oldest first; Python's sort is stable
         for j, i in zip(order, slots):
             chunk = list(range(j * T // N, max(j * T // N + 1, (j + 1) * T // N)))
