@@ -363,6 +363,8 @@ def test_memory_is_grafted_onto_a_llama_and_trained(data_dir, tmp_path, capsys):
     later = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
     assert torch.equal(later["embed.weight"], trained["embed.weight"])
     assert not torch.equal(later["blocks.0.memory.w_out.weight"], trained["blocks.0.memory.w_out.weight"])
+    sample.main(sample.get_parser().parse_args([f"--out_dir={tmp_path / 'out'}", "--start=Mary went to the office. Where is Mary?", "--show_memory"]))
+    assert "Where is Mary?" in capsys.readouterr().out
     run(*flags(data_dir, tmp_path / "free", **common))
     assert not torch.equal(torch.load(tmp_path / "free" / "ckpt.pt", weights_only=True)["model"]["embed.weight"], trained["embed.weight"])
     for extra, complaint in ((["--n_layer=3"], "--n_layer=3, but"), (["--qk_norm"], "--qk_norm=True, but"), (["--preset=lm2-1.7b"], "for a new model"),
