@@ -311,7 +311,7 @@ print((peak() - before) / (4 * model.num_params()))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_than_the_weights(dtype, tmp_path):
-    C, F, L, V = 1024, 4096, 4, 4096
+    C, F, L, V = 1024, 4096, 2, 3072
     config = {"model_type": "llama", "hidden_size": C, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": 16, "vocab_size": V,
               "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -402,10 +402,12 @@ def test_rmt_is_memory_tokens_around_the_segment():
 
 def test_memory_stays_float32_under_bfloat16():
     model = make(dtype=torch.float32)
+    for block in model.blocks:  # all claims are equal then: where two are close, rounding may decide who gets which slot
+        block.memory.salience.data.zero_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, loss, memory = model.unroll(tokens(2, 16), tokens(2, 16))
     assert memory.dtype == torch.float32 and logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    exact = make(dtype=torch.float32).unroll(tokens(2, 16))[2]
+    exact = model.unroll(tokens(2, 16))[2]
     assert (memory - exact)[..., :-1].abs().max() < 0.05
     assert (memory[..., -1].log1p() - exact[..., -1].log1p()).abs().max() < 0.05  # a read goes by the logarithm of the age
 
