@@ -311,7 +311,7 @@ print((peak() - before) / (4 * model.num_params()))
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_than_the_weights(dtype, tmp_path):
-    C, F, L, V = 1024, 4096, 2, 3072
+    C, F, L, V = 1024, 4096, 4, 4096
     config = {"model_type": "llama", "hidden_size": C, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": 16, "vocab_size": V,
               "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
