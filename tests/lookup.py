@@ -18,7 +18,7 @@ from train import load_checkpoint, load_model  # noqa: E402
 
 
 def look_up(model, data, task, seed, i, segments, watch):
-    """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there})."""
+    """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there}, whether a border cuts the fact)."""
     sample, T = data.sample(task, seed, i, segments=segments), model.config.block_size
     idx = torch.from_numpy(sample.tokens[: sample.prompt])[None]
     for written in watch.written.values():
@@ -37,7 +37,7 @@ def look_up(model, data, task, seed, i, segments, watch):
         slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(model.blocks[n - 1].memory.chunks[chunk].tolist())
                  and all(later[slot] < 0 for later in written[segment + 1 :])]
         looked[n] = A[-1].argmax().item() in slots
-    return segments - 1 - segment, bool(right), looked
+    return segments - 1 - segment, bool(right), looked, start // T != segment
 
 
 @torch.no_grad()
@@ -55,7 +55,8 @@ def main():
     found = [look_up(model, data, task, meta["seed"], i, args.segments, watch) for i in range(args.samples)]
     print(f"fact lies back  questions  right in %  its slot looked up, in %: {''.join(f'  block {n}' for n in banks)}")
     for title, rows in [*((f"{age} segments", [r for r in found if r[0] == age]) for age in range(args.segments)),
-                        ("1 or more", [r for r in found if r[0]])]:
+                        ("1 or more", [r for r in found if r[0]]), ("whole fact", [r for r in found if not r[3]]),
+                        ("cut fact", [r for r in found if r[3]])]:
         if rows:
             share = [100 * sum(r[2][n] for r in rows) / len(rows) for n in banks]
             print(f"{title:<14}{len(rows):11d}  {100 * sum(r[1] for r in rows) / len(rows):10.1f}{'':30}" + "".join(f"{s:9.1f}" for s in share))
