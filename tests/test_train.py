@@ -11,9 +11,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import model
 import prepare_babilong as babilong
 import sample
 import train
+import variants
+from model import LM2, LM2Config
 from test_data import expected
 from test_model import llama_folder
 
@@ -287,12 +290,20 @@ def test_a_window_of_several_segments(data_dir, tmp_path):
     assert [r["tokens"] for r in rows] == [32, 64, 96] and [r["n_outside"] > 0 for r in rows] == [False, True, True]
 
 
-@pytest.mark.parametrize("rule", ["shared", "independent", "timeless", "always", "blunt", "mean", "queries", "routed"])
-def test_other_rules_train(rule, data_dir, tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "variants.py"), rule] + flags(data_dir, tmp_path, max_iters=4)
+def test_another_rule_from_the_command_line(data_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "variants.py"), "shared"] + flags(data_dir, tmp_path, max_iters=1)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results.json").read_text())["config"]["rule"] == rule
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["rule"] == "shared"
+
+
+@pytest.mark.parametrize("rule", variants.RULES)
+def test_other_rules_train(rule, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "Memory", model.Memory)  # so that they are put back
+    monkeypatch.setattr(model.LM2, "init_weights", model.LM2.init_weights)
+    variants.use(rule)
+    assert run(*flags(data_dir, tmp_path, max_iters=4, eval_segments="1")) == 0
+    assert isinstance(LM2(LM2Config(n_embd=12)).blocks[0].memory, variants.RULES[rule]) and log(tmp_path)[-1]["loss"] > 0
 
 
 def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path):
