@@ -170,13 +170,12 @@ class Reader:
             self._read(self.encoding.encode_ordinary("\n") * (size - used))
 
     def go_on(self, max_new_tokens, temperature, top_k, stop=None):
-        """Yields the continuation, piece by piece as text, up to a token whose text is `stop`."""
-        decoder, pieces = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+        """Prints the continuation, piece by piece, up to a token whose text is `stop`."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
         def on_token(token):
             piece = decoder.decode(self.encoding.decode_single_token_bytes(token.item()))
             print(piece, end="", flush=True)
-            pieces.append(piece)
             return piece == stop
 
         nothing = torch.zeros(1, 0, dtype=torch.int64, device=self.device)

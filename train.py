@@ -460,7 +460,7 @@ def round_numbers(low, high):
 
 def draw_curves(out_dir, *entries):
     """Writes out_dir/curves.svg from log.jsonl and further entries like its own."""
-    entries = [*map(json.loads, open(Path(out_dir, "log.jsonl"))), *entries]
+    entries = [*map(json.loads, Path(out_dir, "log.jsonl").read_text().splitlines()), *entries]
     steps, accuracies = [e for e in entries if "loss" in e], {}
     for e in entries:
         for segments in sorted({r["segments"] for r in e.get("eval", ()) if r["segments"]}):
@@ -648,11 +648,12 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             rows = [evaluate(model, held_out, task, meta["seed"], 100, rank=rank, world=world, segments=s)
                     for task in args.tasks for s in sorted({1, *args.curriculum})]
-            text = perplexity(model, held_out, max(args.curriculum)) if args.data else None
-            if master:
+            text = perplexity(model, held_out, max(args.curriculum)) if args.data else None  # None, too, if no document is so long
+            if master and (rows or text):
                 report(**({"perplexity": text["perplexity"]} if text else {"eval": rows}))
                 draw_curves(out)
-                bar.write(f"step {it:5d}: perplexity {text['perplexity']}" if text else f"step {it:5d}: " + ", ".join(f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows))
+                found = [f"perplexity {text['perplexity']}"] if text else [f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows]
+                bar.write(f"step {it:5d}: " + ", ".join(found))
         if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
         if stop:
