@@ -18,7 +18,8 @@ from train import load_checkpoint, load_model  # noqa: E402
 
 
 def look_up(model, data, task, seed, i, segments, watch):
-    """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there}, whether a border cuts the fact)."""
+    """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there}, whether a border cuts
+    the fact, {block: whether a slot still holds it})."""
     sample, T = data.sample(task, seed, i, segments=segments), model.config.block_size
     idx = torch.from_numpy(sample.tokens[: sample.prompt])[None]
     for written in watch.written.values():
@@ -30,14 +31,14 @@ def look_up(model, data, task, seed, i, segments, watch):
     segment = (end - 1) // T  # where the fact ends, there is the place
     places = set(range(max(start - segment * T, 0), end - segment * T))
     model.segment(tail, memory)
-    looked = {}
+    looked, kept = {}, {}
     for n, A in watch.attention.items():
         written = watch.written[n][:segments - 1]
         chunks = [] if segment == segments - 1 else written[segment].tolist()
         slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(model.blocks[n - 1].memory.chunks[chunk].tolist())
                  and all(later[slot] < 0 for later in written[segment + 1 :])]
-        looked[n] = A[-1].argmax().item() in slots
-    return segments - 1 - segment, bool(right), looked, start // T != segment
+        looked[n], kept[n] = A[-1].argmax().item() in slots, bool(slots)
+    return segments - 1 - segment, bool(right), looked, start // T != segment, kept
 
 
 @torch.no_grad()
@@ -53,13 +54,14 @@ def main():
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     watch, task = Watch(model, encoding, banks, False), checkpoint["args"]["tasks"][0]
     found = [look_up(model, data, task, meta["seed"], i, args.segments, watch) for i in range(args.samples)]
-    print(f"fact lies back  questions  right in %  its slot looked up, in %: {''.join(f'  block {n}' for n in banks)}")
+    blocks = "".join(f"  block {n}" for n in banks)
+    print(f"fact lies back  questions  right in %  its slot looked up, in %:{blocks}  still in a slot, in %:{blocks}")
     for title, rows in [*((f"{age} segments", [r for r in found if r[0] == age]) for age in range(args.segments)),
                         ("1 or more", [r for r in found if r[0]]), ("whole fact", [r for r in found if not r[3]]),
-                        ("cut fact", [r for r in found if r[3]])]:
+                        ("cut fact", [r for r in found if r[3]]), ("whole, wrong", [r for r in found if r[0] and not r[3] and not r[1]])]:
         if rows:
-            share = [100 * sum(r[2][n] for r in rows) / len(rows) for n in banks]
-            print(f"{title:<14}{len(rows):11d}  {100 * sum(r[1] for r in rows) / len(rows):10.1f}{'':30}" + "".join(f"{s:9.1f}" for s in share))
+            looked, kept = ("".join(f"{100 * sum(r[i][n] for r in rows) / len(rows):9.1f}" for n in banks) for i in (2, 4))
+            print(f"{title:<14}{len(rows):11d}  {100 * sum(r[1] for r in rows) / len(rows):10.1f}{'':27}{looked}{'':25}{kept}")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_lookups_are_counted(data_dir, tmp_path):
     ages, kinds = [r for r in rows if r[1] == "segments"], {r[0]: int(r[2]) for r in rows if r[1] == "fact"}
     assert done.returncode == 0 and sum(int(r[2]) for r in ages) == sum(kinds.values()) == 20
     # there is but one slot, and each segment writes it
-    assert all(row[-2:] == (["100.0"] * 2 if row[0] == "1" else ["0.0"] * 2) for row in ages)
+    assert all(row[-4:] == (["100.0"] * 4 if row[0] == "1" else ["0.0"] * 4) for row in ages)  # looked up, and still there
 
 
 def test_memory_of_another_kind_cannot_be_looked_at(data_dir, tmp_path):
