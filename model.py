@@ -23,14 +23,19 @@ say. This file's answer, and the one place where it had to decide:
   * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
     the segment is full. So no token can see a later one, whatever T and N are.
   * Rows. The segment is cut into N chunks of consecutive tokens. Each is gathered, weighted by a learned salience, into one
-    candidate row, and claims a slot or declines: what slots took from idle talk would soon bury their facts. Those that
-    claim most take, in their order, the slots that were written longest ago. Then (4)-(6) apply row by row, the gates
-    seeing candidate and old slot.
+    candidate row, and claims a slot or declines. Those that claim most take, in their order, the slots that were written
+    longest ago. Then (4)-(6) apply row by row, the gates seeing candidate and old slot. As far as a chunk declines, its slot
+    stays as it is, however many segments pass.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-  * Recency. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries
-    its age, the time since a chunk was written into it, and a read prefers the younger of equals.
+    In training chance has a say (an age counts times a number as if drawn): else a needless claim would do no harm before the
+    bank is full, which a text in training hardly ever makes it, and a longer text would bury its facts in idle talk.
+  * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
+    and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
+    no slot grow old.
+  * Place. A slot of age a is read as if it lay a chunks before the segment: the bank is a text of what was worth
+    writing. Nearness means there what it means in the window, and the halves of a sentence cut by a border are neighbours.
   * What is written. (6) as printed would write what the tokens READ (E_mem); nothing new could ever enter the
     bank. We write what the tokens ARE (h, the states that enter the memory, E_t in the paper).
   * Read projections. Tokens ask the bank what they ask the window: W_Q is the self-attention's. W_K and W_V are the
@@ -69,7 +74,7 @@ class LM2Config:
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     n_memory_layers: int = 0  # L, the first blocks that own a bank; 0: all
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
-    forget_bias: float = 2.0  # b_forget at the start: sigmoid(2) = 0.88 of a slot survives a segment
+    forget_bias: float = 0.0  # b_forget at the start: sigmoid(0) = 0.5 of a slot survives what is written over it
     memory_gain: bool = False  # what is read passes a gain that starts at zero: for a memory grafted onto a trained decoder
     rope_scaling: tuple = ()  # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
 
@@ -106,8 +111,20 @@ def rms_norm(x, eps=1e-5):
     return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
+def rope_table(config, positions):
+    """cos and sin (P, D) of rotary position embedding at positions (P,), float or int."""
+    D = config.n_embd // config.n_head
+    freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+    if config.rope_scaling:  # long waves are stretched by the factor, short ones kept, those in between mixed
+        factor, low, high, positions_before = config.rope_scaling
+        kept = ((positions_before * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        freq = freq * (kept + (1 - kept) / factor)
+    angle = torch.outer(positions.float(), freq).repeat(1, 2)  # (P, D)
+    return angle.cos(), angle.sin()
+
+
 def rotate(x, rope):
-    """Rotary position embedding (Llama's half-split form). x (B, H, T, D), rope = (cos, sin), each (T, D)."""
+    """Rotary position embedding (Llama's half-split form). x (B, H, T, D), rope = (cos, sin), each (T, D) or (B, 1, T, D)."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
@@ -133,19 +150,23 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return rms_norm(x) if norm and self.qk_norm else x
 
+    def queries(self, h, rope):
+        """h (B, T, C) -> (B, H, T, D), which ask the window and the bank alike."""
+        return rotate(self.heads(self.wq(h), norm=True), rope)
+
     def forward(self, h, rope, cache=None):
         """
         h (B, T, C), rope of its T positions; cache: a dict that keeps keys and values of the segment so far, or
-        None. With keys in the cache, T must be 1. Returns y (B, T, C) and the queries as they were before their rotation.
+        None. With keys in the cache, T must be 1. Returns y (B, T, C) and the queries (B, H, T, D).
         """
-        q = self.heads(self.wq(h), norm=True)  # (B, H, T, D)
+        q = self.queries(h, rope)
         k = rotate(self.heads(self.wk(h), norm=True), rope)  # (B, K, T, D)
         v = self.heads(self.wv(h))  # (B, K, T, D)
         if cache is not None:
             k, v = (torch.cat((cache[n], new), dim=2) if n in cache else new for n, new in (("k", k), ("v", v)))
             cache["k"], cache["v"] = k, v
         y = F.scaled_dot_product_attention(
-            rotate(q, rope), k, v, is_causal=h.size(1) > 1, scale=self.scale, enable_gqa=self.grouped
+            q, k, v, is_causal=h.size(1) > 1, scale=self.scale, enable_gqa=self.grouped
         )  # (B, H, T, D)
         return y.transpose(1, 2).flatten(2), q
 
@@ -174,10 +195,15 @@ class Memory(nn.Module):
         self.d_k = nn.Linear(C, kv, bias=False)  # what W_K and W_V of the read differ by
         self.d_v = nn.Linear(C, kv, bias=False)  # from the self-attention's; they start at zero
         self.recency = 3.0  # how much a read prefers what was written later
+        # a slot lies before the segment, as far as if all that was written since were text: a chunk is T/N tokens, a bank is T
+        cos, sin = rope_table(config, -((torch.arange(N + 1) + 0.5) * T / N).clamp(max=T))  # by age, 0 to N; (N + 1, D)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.w_out = nn.Linear(C, C)  # W_out, b_out
         self.gain = nn.Parameter(torch.empty(C)) if config.memory_gain else None  # a closed gate would stop the gradient
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
+        self.threshold = 0.25  # a chunk that claims more counts as written
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
@@ -201,8 +227,10 @@ class Memory(nn.Module):
     def lookup(self, q, M, attn):
         """What the queries meet in the bank: keys and values (B, K, N, D), and what is added to their products."""
         M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
-        # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        none of them rotated: slots have no order
+        # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        keys rotated by age: see "Place" above
         k, v = self.project(rms_norm(M, 1e-20).to(q.dtype), attn)  # (B, K, N, D); tiny eps: a faded slot still counts
+        place = age.long().clamp(max=age.size(1))  # (B, N)
+        k = rotate(k, (self.cos[place][:, None], self.sin[place][:, None]))
         # of two slots that match alike, about one person say, the one written later shall win
         bias = -self.recency * torch.log1p(age)[:, None, None].to(q.dtype)  # (B, 1, 1, N)
         if self.top_k:
@@ -235,33 +263,42 @@ class Memory(nn.Module):
     def assign(self, claimed, age):
         """The chunk that each slot is offered, (B, N) int64: what is claimed most goes where nothing was written for longest."""
         chunks = (8 * claimed).round().argsort(dim=1, descending=True, stable=True)  # rounded: equals shall stay in order
-        slots = age.round().argsort(dim=1, descending=True, stable=True)
+        slots = age.argsort(dim=1, descending=True, stable=True)
         return torch.empty_like(chunks).scatter_(1, slots, chunks)
 
-    def gates(self, h, M):
+    def gates(self, h, M, chance=None):
         """
         What write applies to the bank, by slot: candidates c (B, N, C), claimed (B, N), g_in and g_forget (B, N, C), and the
         chunk (B, N) int64 that c comes from.
         """
         m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
         c, claimed = self.gather(h, m)
-        chunk = self.assign(claimed, M[..., -1])
+        chunk = self.assign(claimed, M[..., -1] if chance is None else M[..., -1] * chance)
         c, claimed = c.gather(1, chunk[..., None].expand_as(c)), claimed.gather(1, chunk)  # from chunks to slots
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
-        # (5)  g_forget = sigmoid(E_mem W_forget)           the same; in float32: bfloat16 has nothing above 0.996
+        # (5)  g_forget = sigmoid(E_mem W_forget)           the same, as far as claimed: what nobody claims stays as it is
         g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
+        g_forget = 1 - claimed[..., None] * (1 - g_forget)  # in float32: bfloat16 has nothing above 0.996
         return c, claimed, g_in, g_forget, chunk
 
-    def write(self, h, M):
-        """h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it. Returns M_t+1 (B, N, C + 1)."""
-        c, claimed, g_in, g_forget, chunk = self.gates(h, M)
+    def write(self, h, M, chance=None):
+        """
+        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training chance (B, N), from 0 to 1, by
+        which ages are multiplied before the oldest slots are taken. Returns M_t+1 (B, N, C + 1).
+        """
+        c, claimed, g_in, g_forget, chunk = self.gates(h, M, chance)
         M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
-        # age: chunks since the slot was written; chunk i of this segment is N - 1 - i before its end
-        age = claimed * (age.size(1) - 1 - chunk) + (1 - claimed) * (age + age.size(1))
-        return torch.cat((M, age[..., None]), dim=-1)
+        return torch.cat((M, self.grow(age, claimed, chunk)[..., None]), dim=-1)
+
+    def grow(self, age, claimed, chunk):
+        """The age (B, N) of each slot once a segment is written: how many chunks have been written since the slot was."""
+        written = claimed > self.threshold  # (B, N), by slot
+        in_order = torch.zeros_like(age).scatter_(1, chunk, written.to(age.dtype))  # by chunk
+        total = in_order.sum(dim=1, keepdim=True)  # (B, 1)
+        return torch.where(written, (total - in_order.cumsum(dim=1)).gather(1, chunk), age + total)
 
 
 class Block(nn.Module):
@@ -303,15 +340,9 @@ class LM2(nn.Module):
             self.head.weight = self.embed.weight
         # RMT: the memory tokens that a text starts with
         self.memory_tokens = nn.Parameter(torch.empty(c.memory_slots, c.n_embd)) if c.memory_type == "rmt" else None
-        D, positions = c.n_embd // c.n_head, c.block_size + (2 * c.memory_slots if c.memory_type == "rmt" else 0)
-        freq = c.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
-        if c.rope_scaling:  # long waves are stretched by the factor, short ones kept, those in between mixed
-            factor, low, high, positions_before = c.rope_scaling
-            kept = ((positions_before * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-            freq = freq * (kept + (1 - kept) / factor)
-        angle = torch.outer(torch.arange(positions).float(), freq).repeat(1, 2)  # (positions, D)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        cos, sin = rope_table(c, torch.arange(c.block_size + (2 * c.memory_slots if c.memory_type == "rmt" else 0)))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -391,7 +422,8 @@ class LM2(nn.Module):
         # M_0 = I: slots must start different. Row i is e_(i mod C): a zero row would explode when normalised
         rows = torch.arange(c.memory_slots, device=self.embed.weight.device) % c.n_embd
         L = sum(block.memory is not None for block in self.blocks)
-        return F.one_hot(rows, c.n_embd + 1).float().expand(L, batch_size, -1, -1)
+        rows = F.pad(F.one_hot(rows, c.n_embd).float(), (0, 1), value=c.memory_slots)  # as old as if N chunks had been written since
+        return rows.expand(L, batch_size, -1, -1)
 
     def segment(self, idx, memory, cache=None, start=0):
         """
@@ -403,16 +435,23 @@ class LM2(nn.Module):
         if self.config.memory_type == "rmt":
             x, start = self.rmt_wrap(x, memory[0].type_as(x), start, full)
         rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
+        chance = self.chance(idx) if self.training and full else None
         written = []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C + 1)
             x, h = block(x, rope, M, None if cache is None else cache[i])
             if full and block.memory is not None:
-                written.append(block.memory.write(h, M))
+                written.append(block.memory.write(h, M, chance))
         x = self.norm(x)
         if self.config.memory_type == "rmt":
             return self.rmt_unwrap(x, memory, start, full)
         return x, torch.stack(written) if written else memory
+
+    def chance(self, idx):
+        """Numbers (B, N) from 0 to 1, as if drawn, but from the tokens idx (B, T): the same in any batch, on any device."""
+        place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots))
+        key = (idx * place**2).sum(dim=1, keepdim=True)  # (B, 1)
+        return key * 40503 * slot**3 % 65537 / 65537
 
     def rmt_wrap(self, x, M, start, full):
         """RMT: [M | tokens | M], the leading copy to read, the trailing one, behind a full segment, to write."""

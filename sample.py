@@ -104,13 +104,12 @@ class Watch:
             block.register_forward_hook(partial(self.on_block, n))
 
     def on_block(self, n, block, args, out):
-        (_, _, M, cache), (_, h) = args, out
-        q = block.attn.heads(block.attn.wq(h), norm=True)
-        self.attention[n] = block.memory.attention(q, M, block.attn)[0].mean(dim=0).float().cpu()  # (T, N)
+        (_, rope, M, cache), (_, h) = args, out
+        self.attention[n] = block.memory.attention(block.attn.queries(h, rope), M, block.attn)[0].mean(dim=0).float().cpu()  # (T, N)
         if cache is not None or len(self.tokens) < self.model.config.block_size:
             return
         _, claimed, g_in, g_forget, chunk = block.memory.gates(h, M)
-        written = claimed[0] > 0.5  # (N,)
+        written = claimed[0] > block.memory.threshold  # (N,)
         self.written[n].append(torch.where(written, chunk[0], -1))
         if not self.tell:
             return

@@ -96,7 +96,7 @@ def get_parser():
     g.add_argument("--memory_slots", type=number(int, 0, 2**16), default=16, help="slots of each bank, or memory tokens of RMT; 0: no memory")
     g.add_argument("--n_memory_layers", type=count, default=0, help="blocks with a bank, from the first on; 0: all")
     g.add_argument("--memory_top_k", type=count, default=0, help="a token reads its k best slots; 0: all")
-    g.add_argument("--forget_bias", type=number(float, -20, 20), default=2.0, help="of the forget gate, at the start")
+    g.add_argument("--forget_bias", type=number(float, -20, 20), default=0.0, help="of the forget gate, at the start")
     g.add_argument("--tie_embeddings", action=switch, default=False, help="one matrix for embedding and head, as in small Llamas")
     g.add_argument("--qk_norm", action=switch, default=True, help="normalise queries and keys; Llama does not")
     g.add_argument("--token_shift", action=switch, default=True, help="mix in the token before; Llama does not")
@@ -252,7 +252,7 @@ def load_model(checkpoint, device):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"the checkpoint's model does not fit its config: {str(e).splitlines()[0]}") from None
-    return model.to(device), babilong.parse_tokenizer(checkpoint["tokenizer"])
+    return model.to(device).eval(), babilong.parse_tokenizer(checkpoint["tokenizer"])
 
 
 def check_size(config, device):
@@ -601,6 +601,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             for group, lr in zip(optimizer.param_groups, peak):
                 group["lr"] = lr * schedule
 
+        model.train()
         losses = right = 0.0
         parts = [part.tensor_split(args.gradient_accumulation_steps) for part in batch]
         for i, (idx, targets, answer, first) in enumerate(zip(*[[p.to(device) for p in part] for part in parts])):
@@ -646,6 +647,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
                           f"answers {100 * accuracy:5.1f} % | lr {lr:.1e} | norm {norm:5.2f} | {ms:5.0f} ms | {speed:6.0f} tok/s")
                 clock, seen = time.perf_counter(), 0
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
+            model.eval()
             rows = [evaluate(model, held_out, task, meta["seed"], 100, rank=rank, world=world, segments=s)
                     for task in args.tasks for s in sorted({1, *args.curriculum})]
             text = perplexity(model, held_out, max(args.curriculum)) if args.data else None  # None, too, if no document is so long
@@ -742,6 +744,7 @@ def main(args, checkpoint):
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
             return 130
 
+    model.eval()
     sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments if not args.babilong_dir]
     long, rows = babilong.parse_length("8k"), []
     for task in args.tasks:

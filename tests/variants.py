@@ -4,8 +4,12 @@ the rule's name.
 
 $ python tests/variants.py shared --out_dir=out-shared      # reads with W_K and W_V of the block's self-attention alone
 $ python tests/variants.py independent                      # reads with W_K and W_V of its own, drawn independently
+$ python tests/variants.py unplaced                         # reads slots as if they had no place before the segment
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py positional                       # writes chunk i into slot i, not into the oldest
+$ python tests/variants.py oldest                           # writes into the oldest slots in training, too
+$ python tests/variants.py forgetful                        # forgets in every slot, claimed or not, as (5) and (6) are printed
+$ python tests/variants.py clock                            # counts a slot's age in chunks read, not in chunks written
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
 $ python tests/variants.py blunt                            # the salience without its factor of 8
 $ python tests/variants.py mean                             # writes the plain mean of every chunk (the released code's pooling)
@@ -43,7 +47,16 @@ class IndependentRead(model.Memory):
         return attn.heads(self.d_k(m), norm=True), attn.heads(self.d_v(m))
 
 
-class TimelessRead(model.Memory):
+class UnplacedRead(model.Memory):
+    """Keys of slots are not rotated, as if slots had no place before the segment."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cos.fill_(1.0)
+        self.sin.zero_()
+
+
+class TimelessRead(UnplacedRead):
     """The age of a slot makes no difference."""
 
     def __init__(self, config):
@@ -56,6 +69,30 @@ class PositionalWrite(model.Memory):
 
     def assign(self, claimed, age):
         return torch.arange(age.size(1), device=age.device).expand_as(age)
+
+
+class OldestWrite(model.Memory):
+    """Always the oldest slots, in training, too."""
+
+    def write(self, h, M, chance=None):
+        return super().write(h, M)
+
+
+class ForgetfulWrite(model.Memory):
+    """The forget gate works on every slot in every segment."""
+
+    def gates(self, h, M, chance=None):
+        c, claimed, g_in, _, chunk = super().gates(h, M, chance)
+        m = model.rms_norm(M[..., :-1], 1e-20).to(h.dtype)
+        return c, claimed, g_in, torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float()), chunk
+
+
+class ClockAge(model.Memory):
+    """Slots grow older with every segment, whether anything is written or not."""
+
+    def grow(self, age, claimed, chunk):
+        N = age.size(1)
+        return claimed * (N - 1 - chunk) + (1 - claimed) * (age + N)
 
 
 class AlwaysWrite(model.Memory):
@@ -114,7 +151,9 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "timeless": TimelessRead, "positional": PositionalWrite, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
+RULES = {"shared": SharedRead, "independent": IndependentRead, "unplaced": UnplacedRead,
+         "timeless": TimelessRead, "positional": PositionalWrite, "oldest": OldestWrite,
+         "forgetful": ForgetfulWrite, "clock": ClockAge, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
 
