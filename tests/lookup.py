@@ -19,7 +19,7 @@ from train import load_checkpoint, load_model  # noqa: E402
 
 def look_up(model, data, task, seed, i, segments, watch):
     """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there}, whether a border cuts
-    the fact, {block: whether a slot still holds it})."""
+    the fact, {block: whether a slot still holds it}, {block: (chunks written, and how many of them hold nothing of a fact)})."""
     sample, T = data.sample(task, seed, i, segments=segments), model.config.block_size
     idx = torch.from_numpy(sample.tokens[: sample.prompt])[None]
     for written in watch.written.values():
@@ -31,14 +31,17 @@ def look_up(model, data, task, seed, i, segments, watch):
     segment = (end - 1) // T  # where the fact ends, there is the place
     places = set(range(max(start - segment * T, 0), end - segment * T))
     model.segment(tail, memory)
-    looked, kept = {}, {}
+    looked, kept, needless = {}, {}, {}
+    facts = {t for a, b in sample.facts.values() for t in range(a, b)}
     for n, A in watch.attention.items():
-        written = watch.written[n][:segments - 1]
+        written, place = watch.written[n][:segments - 1], model.blocks[n - 1].memory.chunks.tolist()
+        holds = [any(s * T + t in facts for t in place[chunk]) for s, slots in enumerate(written) for chunk in slots.tolist() if chunk >= 0]
+        needless[n] = len(holds), holds.count(False)
         chunks = [] if segment == segments - 1 else written[segment].tolist()
-        slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(model.blocks[n - 1].memory.chunks[chunk].tolist())
+        slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(place[chunk])
                  and all(later[slot] < 0 for later in written[segment + 1 :])]
         looked[n], kept[n] = A[-1].argmax().item() in slots, bool(slots)
-    return segments - 1 - segment, bool(right), looked, start // T != segment, kept
+    return segments - 1 - segment, bool(right), looked, start // T != segment, kept, needless
 
 
 @torch.no_grad()
@@ -62,6 +65,9 @@ def main():
         if rows:
             looked, kept = ("".join(f"{100 * sum(r[i][n] for r in rows) / len(rows):9.1f}" for n in banks) for i in (2, 4))
             print(f"{title:<14}{len(rows):11d}  {100 * sum(r[1] for r in rows) / len(rows):10.1f}{'':27}{looked}{'':25}{kept}")
+    for n in banks:
+        written, needless = (sum(r[5][n][i] for r in found) / len(found) for i in (0, 1))
+        print(f"block {n} writes {written:.1f} chunks of a text, {needless:.1f} of them without a word of a fact")
 
 
 if __name__ == "__main__":
