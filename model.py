@@ -29,8 +29,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-    In training chance has a say (an age counts times a number as if drawn): else a needless claim would do no harm before the
-    bank is full, which a text in training hardly ever makes it, and a longer text would bury its facts in idle talk.
+    In training chance has a say (an age counts times a number as if drawn): where needless claims fill the bank, facts are
+    lost sooner, so they are unlearned; and what is missing may have been lost, so no fact can be told by its absence.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
     no slot grow old.
@@ -269,7 +269,7 @@ class Memory(nn.Module):
     def gates(self, h, M, chance=None):
         """
         What write applies to the bank, by slot: candidates c (B, N, C), claimed (B, N), g_in and g_forget (B, N, C), and the
-        chunk (B, N) int64 that c comes from.
+        chunk (B, N) int64 that c comes from. Arguments as write's.
         """
         m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
         c, claimed = self.gather(h, m)
