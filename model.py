@@ -229,7 +229,7 @@ class Memory(nn.Module):
         M, age = M[..., :-1], M[..., -1].detach()  # (B, N, C), (B, N): a bias with a gradient has no fused attention
         # (1)  Q = E_t W_Q, K = M_t W_K, V = M_t W_V        keys rotated by age: see "Place" above
         k, v = self.project(rms_norm(M, 1e-20).to(q.dtype), attn)  # (B, K, N, D); tiny eps: a faded slot still counts
-        place = age.long().clamp(max=age.size(1))  # (B, N)
+        place = age.long().clamp(0, age.size(1))  # (B, N)
         k = rotate(k, (self.cos[place][:, None], self.sin[place][:, None]))
         # of two slots that match alike, about one person say, the one written later shall win
         bias = -self.recency * torch.log1p(age)[:, None, None].to(q.dtype)  # (B, 1, 1, N)
@@ -435,7 +435,7 @@ class LM2(nn.Module):
         if self.config.memory_type == "rmt":
             x, start = self.rmt_wrap(x, memory[0].type_as(x), start, full)
         rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
-        chance = self.chance(idx) if self.training and full else None
+        chance = self.chance(idx) if self.training and full and self.config.memory_type == "lm2" else None
         written = []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C + 1)
