@@ -45,7 +45,6 @@ The alternatives stand in tests/variants.py, what was measured in the README.
 """
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -617,29 +616,27 @@ def llama_config(path):
 
 def read_safetensors(path):
     """
-    Yields (name, tensor) of a .safetensors file, mapped into memory rather than read: copy each before asking for the next.
-    Raises ValueError for a file that is not one, or whose header does not fit its size.
+    Yields (name, tensor) of a .safetensors file, one in memory at a time. Raises ValueError for a file that is not one, or whose
+    header does not fit its size.
     """
-    try:
-        with open(path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(mapped[:8], "little")
-        if not 8 < start <= min(len(mapped), 10**8):
-            raise ValueError(f"its header would end at byte {start}")
-        header, end, tensors = json.loads(mapped[8:start]), 0, []
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (a, b), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
-            if not all(type(n) is int and n >= 0 for n in (a, b, *shape)) or a != end or b - a != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} overlaps another, leaves a gap, or has another size than its shape")
-            tensors.append((name, dtype, shape, start + a))
-            end = b
-        if start + end != len(mapped):
-            raise ValueError(f"its tensors end at byte {start + end} of {len(mapped)}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path} is not a whole .safetensors file of f32, f16 or bf16 ({type(e).__name__}: {e})") from None
-    for name, dtype, shape, at in tensors:
-        n = math.prod(shape)
-        yield name, torch.frombuffer(mapped, dtype=dtype, count=n, offset=at).view(shape) if n else torch.empty(shape, dtype=dtype)
-        if hasattr(mmap, "MADV_DONTNEED"):  # what was copied need not stay in memory
-            mapped.madvise(mmap.MADV_DONTNEED)
+    with open(path, "rb") as f:
+        try:
+            size, start = Path(path).stat().st_size, 8 + int.from_bytes(f.read(8), "little")
+            if not 8 < start <= min(size, 10**8):
+                raise ValueError(f"its header would end at byte {start}")
+            header, end, tensors = json.loads(f.read(start - 8)), 0, []
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                (a, b), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
+                if not all(type(n) is int and n >= 0 for n in (a, b, *shape)) or a != end or b - a != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} overlaps another, leaves a gap, or has another size than its shape")
+                tensors.append((name, dtype, shape))
+                end = b
+            if start + end != size:
+                raise ValueError(f"its tensors end at byte {start + end} of {size}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path} is not a whole .safetensors file of f32, f16 or bf16 ({type(e).__name__}: {e})") from None
+        for name, dtype, shape in tensors:  # they lie one behind the other
+            data = bytearray(math.prod(shape) * dtype.itemsize)
+            f.readinto(data)
+            yield name, torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
