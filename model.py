@@ -29,8 +29,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-    In training chance has a say (an age counts times a number as if drawn): where needless claims fill the bank, facts are
-    lost sooner, so they are unlearned; and what is missing may have been lost, so no fact can be told by its absence.
+    In training a text has but a part of the bank, from a quarter to all of it: needless claims bury facts even in a short text,
+    so they are unlearned; and what is missing may have been lost, so no fact can be told by its absence.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
     no slot grow old.
@@ -265,14 +265,14 @@ class Memory(nn.Module):
         slots = age.argsort(dim=1, descending=True, stable=True)
         return torch.empty_like(chunks).scatter_(1, slots, chunks)
 
-    def gates(self, h, M, chance=None):
+    def gates(self, h, M, usable=None):
         """
         What write applies to the bank, by slot: candidates c (B, N, C), claimed (B, N), g_in and g_forget (B, N, C), and the
         chunk (B, N) int64 that c comes from. Arguments as write's.
         """
         m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
         c, claimed = self.gather(h, m)
-        chunk = self.assign(claimed, M[..., -1] if chance is None else M[..., -1] * chance)
+        chunk = self.assign(claimed, M[..., -1] if usable is None else M[..., -1] * usable)
         c, claimed = c.gather(1, chunk[..., None].expand_as(c)), claimed.gather(1, chunk)  # from chunks to slots
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
@@ -281,12 +281,12 @@ class Memory(nn.Module):
         g_forget = 1 - claimed[..., None] * (1 - g_forget)  # in float32: bfloat16 has nothing above 0.996
         return c, claimed, g_in, g_forget, chunk
 
-    def write(self, h, M, chance=None):
+    def write(self, h, M, usable=None):
         """
-        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training chance (B, N), from 0 to 1, by
-        which ages are multiplied before the oldest slots are taken. Returns M_t+1 (B, N, C + 1).
+        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training usable (B, N) bool: which slots
+        are written to, the others after all of these. Returns M_t+1 (B, N, C + 1).
         """
-        c, claimed, g_in, g_forget, chunk = self.gates(h, M, chance)
+        c, claimed, g_in, g_forget, chunk = self.gates(h, M, usable)
         M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
@@ -424,33 +424,36 @@ class LM2(nn.Module):
         rows = F.pad(F.one_hot(rows, c.n_embd).float(), (0, 1), value=c.memory_slots)  # as old as if N chunks had been written since
         return rows.expand(L, batch_size, -1, -1)
 
-    def segment(self, idx, memory, cache=None, start=0):
+    def segment(self, idx, memory, usable=None, cache=None, start=0):
         """
         The decoder on tokens idx (B, T) of one segment, `start` tokens into it. Returns final states (B, T, C) and
-        the memory, written if the segment is full. cache: a list with a dict per block, to go on token by token.
+        the memory, written if the segment is full. usable: as in write; cache: a list with a dict per block, to go on token by token.
         """
         x = self.embed(idx)  # (B, T, C)
         full = idx.size(1) == self.config.block_size
         if self.config.memory_type == "rmt":
             x, start = self.rmt_wrap(x, memory[0].type_as(x), start, full)
         rope = self.cos[start : start + x.size(1)], self.sin[start : start + x.size(1)]
-        chance = self.chance(idx) if self.training and full and self.config.memory_type == "lm2" else None
         written = []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C + 1)
             x, h = block(x, rope, M, None if cache is None else cache[i])
             if full and block.memory is not None:
-                written.append(block.memory.write(h, M, chance))
+                written.append(block.memory.write(h, M, usable))
         x = self.norm(x)
         if self.config.memory_type == "rmt":
             return self.rmt_unwrap(x, memory, start, full)
         return x, torch.stack(written) if written else memory
 
-    def chance(self, idx):
-        """Numbers (B, N) from 0 to 1, as if drawn, but from the tokens idx (B, T): the same in any batch, on any device."""
-        place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots))
-        key = (idx * place**2).sum(dim=1, keepdim=True)  # (B, 1)
-        return key * 40503 * slot**3 % 65537 / 65537
+    def usable(self, idx):
+        """
+        The slots (B, N) bool that training texts idx (B, S*T) have: from a quarter to all of them, as if drawn, but from the tokens: the
+        same in any batch, on any device.
+        """
+        place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots + 1))
+        key = (idx * place**2).sum(dim=1, keepdim=True) % 65537 * 40503 % 65537  # (B, 1)
+        draws = key * slot**3 % 65537 / 65537  # (B, N + 1), 0 to 1
+        return draws[:, :-1] < 0.25 + 0.75 * draws[:, -1:]
 
     def rmt_wrap(self, x, M, start, full):
         """RMT: [M | tokens | M], the leading copy to read, the trailing one, behind a full segment, to write."""
@@ -488,11 +491,12 @@ class LM2(nn.Module):
         computed where there is a target, in small pieces.
         """
         memory, states = self.initial_memory(idx.size(0)) if memory is None else memory, []
+        usable = self.usable(idx) if self.training and self.config.memory_type == "lm2" else None
         run = partial(checkpoint, use_reentrant=False) if checkpoint_segments else lambda function, *args: function(*args)
         for s, part in enumerate(idx.split(self.config.block_size, dim=1)):
             if s and bptt_segments and s % bptt_segments == 0:
                 memory = memory.detach()
-            x, memory = run(self.segment, part, memory)
+            x, memory = run(self.segment, part, memory, usable)
             states.append(x)
         x = torch.cat(states, dim=1)  # (B, S*T, C)
         logits = self.head(x if logits_at is None else x[logits_at])  # (B, S*T, V) or (n, V)
@@ -515,16 +519,18 @@ class LM2(nn.Module):
         """
         plain, compiled = self.segment, torch.compile(self.segment, fullgraph=True, dynamic=False, **options)
 
-        def segment(idx, memory, cache=None, start=0):
+        def segment(idx, memory, usable=None, cache=None, start=0):
             if cache is not None or idx.size(1) < self.config.block_size:
-                return plain(idx, memory, cache, start)
+                return plain(idx, memory, usable, cache, start)
             # a memory that is fresh or was loaded shall look like one carried over, or each kind gets its own graph
             idx, memory = idx.contiguous(), memory.contiguous()
             if torch.is_grad_enabled() and not memory.requires_grad:
                 memory = memory.detach().requires_grad_()
             torch._dynamo.maybe_mark_dynamic(idx, 0)
             torch._dynamo.maybe_mark_dynamic(memory, 1)
-            return compiled(idx, memory)
+            if usable is not None:
+                torch._dynamo.maybe_mark_dynamic(usable, 0)
+            return compiled(idx, memory, usable)
 
         self.segment, self.loss = segment, torch.compile(self.loss, fullgraph=True, dynamic=True, **options)
 
@@ -549,9 +555,9 @@ class LM2(nn.Module):
                 return idx, (memory, tail)
             if cache is None:
                 cache = [{} for _ in self.blocks]
-                x, _ = self.segment(tail, memory, cache)
+                x, _ = self.segment(tail, memory, cache=cache)
             else:
-                x, _ = self.segment(tail[:, -1:], memory, cache, start=tail.size(1) - 1)
+                x, _ = self.segment(tail[:, -1:], memory, cache=cache, start=tail.size(1) - 1)
             token = self.sample(self.head(x[:, -1]), temperature, top_k)  # (B, 1)
             idx, tail = torch.cat((idx, token), dim=1), torch.cat((tail, token), dim=1)
             max_new_tokens = 0 if on_token is not None and on_token(token) else max_new_tokens - 1

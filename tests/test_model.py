@@ -97,7 +97,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
     h, M = torch.randn(B, T, 16, dtype=torch.float64), bank(B, N)
     expected, covered = torch.zeros_like(M), set()
     h[:, -1] = -4 * w.salience / w.salience.norm()  # the last chunk will claim little
-    chance = torch.rand(B, N, dtype=torch.float64) if training else None
+    usable = torch.rand(B, N) < 0.5 if training else None
     for b in range(B):
         claims = []
         for j in range(N):
@@ -105,7 +105,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
             e = sum(math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk)
             claims.append(e / (1 + e))
         order = sorted(range(N), key=lambda j: -round(8 * claims[j]))
-        ages = (M[b, :, -1] * chance[b] if training else M[b, :, -1]).tolist()
+        ages = (M[b, :, -1] * usable[b] if training else M[b, :, -1]).tolist()
         slots = sorted(range(N), key=lambda i: -ages[i])  # the oldest first; Python's sort is stable
         written = [j for j in range(N) if claims[j] > 0.25]
         for j, i in zip(order, slots):
@@ -121,7 +121,7 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
             expected[b, i, -1] = sum(k > j for k in written) if j in written else M[b, i, -1] + len(written)
     assert covered == set(range(T)) or N > T
     # the gates are computed in float32
-    torch.testing.assert_close(w.write(h, M, chance), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.write(h, M, usable), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_nobody_claims_stays_exactly():
@@ -132,15 +132,30 @@ def test_what_nobody_claims_stays_exactly():
         assert torch.equal(memory.write(h, M), M)
 
 
-def test_chance_is_a_matter_of_the_tokens_and_of_training():
-    model, idx = make(memory_slots=5), tokens(400, 8)
-    chance = model.chance(idx)
-    assert chance.shape == (400, 5) and 0 <= chance.min() and chance.max() < 1 and abs(chance.mean() - 0.5) < 0.03
-    assert chance.T.corrcoef().fill_diagonal_(0).abs().max() < 0.2
-    assert torch.equal(model.chance(idx[7:9]), chance[7:9])
+def test_training_texts_have_a_part_of_the_bank_that_their_tokens_say():
+    model, idx = make(memory_slots=16), tokens(2000, 24)
+    usable = model.usable(idx)
+    assert usable.shape == (2000, 16) and usable.dtype == torch.bool
+    share = usable.double().mean(dim=1)
+    assert abs(share.mean() - 0.625) < 0.02 and 0.15 < (share < 0.44).double().mean() < 0.35 and (share == 1).any()
+    assert (usable.double().mean(dim=0) - 0.625).abs().max() < 0.05  # all slots alike
+    assert torch.equal(model.usable(idx[7:9]), usable[7:9])
     text = tokens(4, 64)
     read = [model.train(mode).unroll(text)[2] for mode in (False, True, False, True)]
     assert torch.equal(read[0], read[2]) and torch.equal(read[1], read[3]) and not torch.equal(read[0], read[1])
+
+
+def test_slots_a_training_text_does_not_have_stay_as_they_were():
+    model = make(memory_slots=8)  # a token a chunk
+    memory, M = model.blocks[0].memory, model.initial_memory(1)[0]
+    direction = memory.salience / memory.salience.norm()
+    h = torch.randn(1, 8, 16, dtype=torch.float64) - 100 * direction
+    usable = torch.tensor([[False, True, False, False, True, True, False, False]])
+    for i in range(6):
+        claiming = h.clone()
+        claiming[0, i] += 200 * direction
+        M = memory.write(claiming, M, usable)
+    assert torch.equal((M != model.initial_memory(1)[0])[0, :, :-1].any(dim=-1), usable[0])
 
 
 def test_equation_3_adds_the_gated_read_to_the_attention_output():

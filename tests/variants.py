@@ -7,7 +7,7 @@ $ python tests/variants.py independent                      # reads with W_K and
 $ python tests/variants.py unplaced                         # reads slots as if they had no place before the segment
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py positional                       # writes chunk i into slot i, not into the oldest
-$ python tests/variants.py oldest                           # writes into the oldest slots in training, too
+$ python tests/variants.py whole                            # trains with the whole bank, not with a part of it
 $ python tests/variants.py forgetful                        # forgets in every slot, claimed or not, as (5) and (6) are printed
 $ python tests/variants.py clock                            # counts a slot's age in chunks read, not in chunks written
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
@@ -71,18 +71,18 @@ class PositionalWrite(model.Memory):
         return torch.arange(age.size(1), device=age.device).expand_as(age)
 
 
-class OldestWrite(model.Memory):
-    """Always the oldest slots, in training, too."""
+class WholeBank(model.Memory):
+    """Training texts have the whole bank."""
 
-    def write(self, h, M, chance=None):
+    def write(self, h, M, usable=None):
         return super().write(h, M)
 
 
 class ForgetfulWrite(model.Memory):
     """The forget gate works on every slot in every segment."""
 
-    def gates(self, h, M, chance=None):
-        c, claimed, g_in, _, chunk = super().gates(h, M, chance)
+    def gates(self, h, M, usable=None):
+        c, claimed, g_in, _, chunk = super().gates(h, M, usable)
         m = model.rms_norm(M[..., :-1], 1e-20).to(h.dtype)
         return c, claimed, g_in, torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float()), chunk
 
@@ -152,7 +152,7 @@ class RoutedWrite(Addressed):
 
 
 RULES = {"shared": SharedRead, "independent": IndependentRead, "unplaced": UnplacedRead,
-         "timeless": TimelessRead, "positional": PositionalWrite, "oldest": OldestWrite,
+         "timeless": TimelessRead, "positional": PositionalWrite, "whole": WholeBank,
          "forgetful": ForgetfulWrite, "clock": ClockAge, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
