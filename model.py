@@ -29,8 +29,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-    In training a text has but a part of the bank, from a quarter to all of it: needless claims bury facts even in a short text,
-    so they are unlearned; and what is missing may have been lost, so no fact can be told by its absence.
+    In training a text has but a part of the bank, from a quarter to all of it: needless claims bury facts sooner, and are
+    sooner unlearned; and what is missing may have been lost, so no fact can be told by its absence.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
     no slot grow old.
