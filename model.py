@@ -29,7 +29,7 @@ say. This file's answer, and the one place where it had to decide:
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-    In training a text has but a part of the bank, from a quarter to all of it: needless claims bury facts sooner, and are
+    In training a text has but a part of the bank, about a quarter to all of it: needless claims bury facts sooner, and are
     sooner unlearned; and what is missing may have been lost, so no fact can be told by its absence.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
@@ -283,8 +283,8 @@ class Memory(nn.Module):
 
     def write(self, h, M, usable=None):
         """
-        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training usable (B, N) bool: which slots
-        are written to, the others after all of these. Returns M_t+1 (B, N, C + 1).
+        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training usable (B, N) bool: the other
+        slots count as just written when the oldest are taken. Returns M_t+1 (B, N, C + 1).
         """
         c, claimed, g_in, g_forget, chunk = self.gates(h, M, usable)
         M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
@@ -447,8 +447,8 @@ class LM2(nn.Module):
 
     def usable(self, idx):
         """
-        The slots (B, N) bool that training texts idx (B, S*T) have: from a quarter to all of them, as if drawn, but from the tokens: the
-        same in any batch, on any device.
+        The slots (B, N) bool that training texts idx (B, S*T) have, as if drawn: each with a probability of the text's, itself as if drawn
+        from a quarter to one. In truth from the tokens: the same in any batch, on any device.
         """
         place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots + 1))
         key = (idx * place**2).sum(dim=1, keepdim=True) % 65537 * 40503 % 65537  # (B, 1)
