@@ -380,9 +380,9 @@ class LM2(nn.Module):
     def from_llama(cls, folder, **overrides):
         """
         The decoder of a Llama in Hugging Face's format (config.json and .safetensors files of bfloat16, float16 or float32), in
-        float32. overrides: fields of LM2Config, such as block_size; with memory_slots the memory is grafted on, with a gain that starts at
-        zero, so that the logits stay as they were; a smaller vocab_size keeps the first tokens. Raises ValueError for a folder
-        that is not whole, or not a Llama.
+        float32. overrides: fields of LM2Config, such as block_size; with memory_slots the memory is grafted on, with a gain
+        that starts at zero, so that the logits stay as they were; a smaller vocab_size keeps the first tokens. Raises
+        ValueError for a folder that is not whole, or not a Llama.
         """
         theirs = llama_config(Path(folder, "config.json"))
         model = cls(LM2Config(**{**theirs, "memory_slots": 0, "memory_gain": True, **overrides}))
@@ -447,8 +447,8 @@ class LM2(nn.Module):
 
     def usable(self, idx):
         """
-        The slots (B, N) bool that training texts idx (B, S*T) have, as if drawn: each with a probability of the text's, itself as if drawn
-        from a quarter to one. In truth from the tokens: the same in any batch, on any device.
+        The slots (B, N) bool that training texts idx (B, S*T) have, as if drawn: each with a probability of the text's, itself
+        as if drawn from a quarter to one. In truth from the tokens: the same in any batch, on any device.
         """
         place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots + 1))
         key = (idx * place**2).sum(dim=1, keepdim=True) % 65537 * 40503 % 65537  # (B, 1)
@@ -609,14 +609,16 @@ def llama_config(path):
                   "intermediate_size": c["intermediate_size"], "norm_eps": c.get("rms_norm_eps", 1e-6),
                   "rope_theta": rope["rope_theta"], "tie_embeddings": c.get("tie_word_embeddings", False)}
         if kind == "llama3":
-            fields["rope_scaling"] = tuple(rope[n] for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        other = {"model_type": c["model_type"] != "llama", "rope_type": kind not in ("default", "llama3"), "hidden_act": c.get("hidden_act", "silu") != "silu",
+            fields["rope_scaling"] = tuple(rope[n] for n in ("factor", "low_freq_factor", "high_freq_factor",
+                                                             "original_max_position_embeddings"))
+        other = {"model_type": c["model_type"] != "llama", "rope_type": kind not in ("default", "llama3"),
+                 "hidden_act": c.get("hidden_act", "silu") != "silu",
                  "head_dim": (c.get("head_dim") or fields["n_embd"] // fields["n_head"]) * fields["n_head"] != fields["n_embd"],
                  "attention_bias": bool(c.get("attention_bias")), "mlp_bias": bool(c.get("mlp_bias"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not the config of a Llama ({type(e).__name__}: {e})") from None
     if any(other.values()):
-        raise ValueError(f"{path} is of a model that this decoder is not: see its {', '.join(name for name, is_other in other.items() if is_other)}")
+        raise ValueError(f"{path} is of a model that this decoder is not: see its {', '.join(name for name in other if other[name])}")
     return fields
 
 

@@ -117,7 +117,8 @@ class Watch:
         means = [f"{gate[0, slots].mean().item():.2f}" if slots.any() else "-"
                  for gate, slots in ((g_in, written), (g_forget, written), (g_forget, ~written))]
         chunks = block.memory.chunks[chunk[0]].tolist()  # of each slot, the tokens
-        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}" for i in moved.topk(min(3, int(written.sum()))).indices]
+        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}"
+                for i in moved.topk(min(3, int(written.sum()))).indices]
         print("[block {}: {} of {} slots written, gates there: in {}, forget {} (elsewhere {}), out {:.2f}; most changed: {}]".format(
             n, written.sum(), len(moved), *means, self.out[n], ", ".join(most) or "-"))
 
@@ -312,7 +313,8 @@ def main(args):
     model, encoding = load_model(checkpoint, pick_device(args.device))
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     if (args.heatmap or args.show_memory) and not banks:
-        raise ValueError(f"the model in {args.out_dir} has no memory bank to look at: it was trained with --memory_type={model.config.memory_type}")
+        raise ValueError(f"the model in {args.out_dir} has no memory bank to look at: it was trained with "
+                         f"--memory_type={model.config.memory_type}")
     if bad := [n for n in args.heatmap_layer or () if n not in banks]:
         raise ValueError(f"--heatmap_layer={bad[0]}: the blocks with a memory bank are {', '.join(map(str, banks))}")
     look = banks and (args.heatmap or args.show_memory or args.interactive)

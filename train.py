@@ -151,8 +151,9 @@ def parse_args(argv=None):
             fixed = {name: value for name, value in checkpoint["config"].items() if name != "vocab_size"}
             parser.set_defaults(**checkpoint["args"])
         elif args.init_from != "scratch":
-            fixed, source = {**llama_config(Path(args.init_from, "config.json")), "qk_norm": False, "token_shift": False, "memory_gain": True}, args.init_from
+            fixed, source = llama_config(Path(args.init_from, "config.json")), args.init_from
             del fixed["vocab_size"]
+            fixed.update(qk_norm=False, token_shift=False, memory_gain=True)
         elif args.preset:
             parser.set_defaults(**PRESETS[args.preset])
         parser.set_defaults(**fixed)
@@ -316,7 +317,8 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, rank=0
                              bool(s.facts) and all(s.facts[i][1] <= last_segment for i in s.support),  # outside the window
                              bool(s.facts) and max(s.facts) not in s.support,  # something else happened since
                              len(s.tokens)))
-                told.append({"task": task, **size, "question": s.question, "target": s.target, "output": output, "right": bool(rows[-1][0])})
+                told.append({"task": task, **size, "question": s.question, "target": s.target, "output": output,
+                             "right": bool(rows[-1][0])})
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, (rows, told))
@@ -544,7 +546,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"the checkpoint's optimizers are not these ({e}): --muon_lr cannot become zero, or more than zero") from None
+            raise ValueError(f"the checkpoint's optimizers are not these ({e}): --muon_lr cannot become zero, or more than "
+                             "zero") from None
         stage, began, running, it = (checkpoint[name] for name in ("stage", "began", "running", "iter_num"))
         torch.set_rng_state(checkpoint["rng"])
     log = None
@@ -654,8 +657,8 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
             if master and (rows or text):
                 report(**({"perplexity": text["perplexity"]} if text else {"eval": rows}))
                 draw_curves(out)
-                found = [f"perplexity {text['perplexity']}"] if text else [f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows]
-                bar.write(f"step {it:5d}: " + ", ".join(found))
+                found = [f"{r['task']} {r['segments']} seg. {r['accuracy']:.0f} %" for r in rows]
+                bar.write(f"step {it:5d}: " + (f"perplexity {text['perplexity']}" if text else ", ".join(found)))
         if master and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
         if stop:
@@ -690,7 +693,8 @@ def main(args, checkpoint):
         hashes = [None] * world
         dist.all_gather_object(hashes, meta["hash"])
         if set(hashes) != {meta["hash"]}:
-            raise ValueError(f"the processes have different data in {args.data_dir} ({', '.join(sorted(set(hashes)))}): copy one to all machines")
+            raise ValueError(f"the processes have different data in {args.data_dir} ({', '.join(sorted(set(hashes)))}): copy one "
+                             "to all machines")
     evaluated, predictions = held_out, []
     if args.babilong_dir:
         evaluated = babilong.Published(held_out, args.babilong_dir)
@@ -717,7 +721,8 @@ def main(args, checkpoint):
         config = model_config(args, training.encoding.n_vocab)
         if args.preset and rank == 0:
             with torch.device("meta"):
-                print(f"{args.preset} with the vocabulary of Llama 3: {size_of(LM2(replace(config, vocab_size=128256)))}; the paper says 1.7 B (1.2 B)")
+                size = size_of(LM2(replace(config, vocab_size=128256)))
+            print(f"{args.preset} with the vocabulary of Llama 3: {size}; the paper says 1.7 B (1.2 B)")
         check_size(config, device)
         model = LM2(config) if args.init_from == "scratch" else LM2.from_llama(args.init_from, **asdict(config))
         model.to(device)
@@ -738,21 +743,24 @@ def main(args, checkpoint):
                 (out / "ckpt.previous.pt").unlink(missing_ok=True)
                 print(f"{out} holds an earlier run; its checkpoint is now {out}/ckpt.old.pt")
             c = model.config
-            print(f"{size_of(model)}, memory {c.memory_type} with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, data {meta['hash']}")
+            print(f"{size_of(model)}, memory {c.memory_type} with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, "
+                  f"data {meta['hash']}")
         if not train(args, checkpoint, model, (training, held_out), meta, device, amp, rank, world):
             if rank == 0:
                 print(f"stopped; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
             return 130
 
     model.eval()
-    sizes = [{"length": length} for length in args.eval_lengths] + [{"segments": s} for s in args.eval_segments if not args.babilong_dir]
+    sizes = [{"length": length} for length in args.eval_lengths]
+    sizes += [{"segments": s} for s in args.eval_segments if not args.babilong_dir]
     long, rows = babilong.parse_length("8k"), []
     for task in args.tasks:
         for size in tqdm(sizes, desc=f"evaluating {task}", unit="row", leave=False, disable=None if rank == 0 else True):
             n = args.eval_samples if babilong.parse_length(size.get("length", "0k")) <= long else -(-args.eval_samples // 10)
             if args.babilong_dir:
                 n = min(args.eval_samples, len(evaluated.read(task, size["length"])))
-            rows.append(evaluate(model, evaluated, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, predictions, **size))
+            rows.append(evaluate(model, evaluated, task, meta["seed"], n, args.intervention, args.retrieve, rank, world, predictions,
+                                 **size))
     if rank == 0:
         iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
         config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num, "data_hash": evaluated.digest()}
