@@ -19,7 +19,8 @@ from train import load_checkpoint, load_model  # noqa: E402
 
 def look_up(model, data, task, seed, i, segments, watch):
     """One held-out question: (how many segments ago its fact was, right, {block: whether '?' looks there}, whether a border cuts
-    the fact, {block: whether a slot still holds it}, {block: (chunks written, and how many of them hold nothing of a fact)})."""
+    the fact, {block: whether a slot still holds it}, {block: (chunks written, how many of them hold nothing of a fact, how many
+    of these are the first of a segment)})."""
     sample, T = data.sample(task, seed, i, segments=segments), model.config.block_size
     idx = torch.from_numpy(sample.tokens[: sample.prompt])[None]
     for written in watch.written.values():
@@ -35,8 +36,9 @@ def look_up(model, data, task, seed, i, segments, watch):
     facts = {t for a, b in sample.facts.values() for t in range(a, b)}
     for n, A in watch.attention.items():
         written, place = watch.written[n][:segments - 1], model.blocks[n - 1].memory.chunks.tolist()
-        holds = [any(s * T + t in facts for t in place[chunk]) for s, slots in enumerate(written) for chunk in slots.tolist() if chunk >= 0]
-        needless[n] = len(holds), holds.count(False)
+        chunks = [(s, chunk) for s, slots in enumerate(written) for chunk in slots.tolist() if chunk >= 0]
+        without = [chunk for s, chunk in chunks if not any(s * T + t in facts for t in place[chunk])]
+        needless[n] = len(chunks), len(without), without.count(0)
         chunks = [] if segment == segments - 1 else written[segment].tolist()
         slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(place[chunk])
                  and all(later[slot] < 0 for later in written[segment + 1 :])]
@@ -66,8 +68,9 @@ def main():
             looked, kept = ("".join(f"{100 * sum(r[i][n] for r in rows) / len(rows):9.1f}" for n in banks) for i in (2, 4))
             print(f"{title:<14}{len(rows):11d}  {100 * sum(r[1] for r in rows) / len(rows):10.1f}{'':27}{looked}{'':25}{kept}")
     for n in banks:
-        written, needless = (sum(r[5][n][i] for r in found) / len(found) for i in (0, 1))
-        print(f"block {n} writes {written:.1f} chunks of a text, {needless:.1f} of them without a word of a fact")
+        written, needless, first = (sum(r[5][n][i] for r in found) / len(found) for i in range(3))
+        print(f"block {n} writes {written:.1f} chunks of a text, {needless:.1f} of them without a word of a fact, "
+              f"{first:.1f} of these the first of a segment")
 
 
 if __name__ == "__main__":
