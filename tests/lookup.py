@@ -36,9 +36,9 @@ def look_up(model, data, task, seed, i, segments, watch):
     facts = {t for a, b in sample.facts.values() for t in range(a, b)}
     for n, A in watch.attention.items():
         written, place = watch.written[n][:segments - 1], model.blocks[n - 1].memory.chunks.tolist()
-        chunks = [(s, chunk) for s, slots in enumerate(written) for chunk in slots.tolist() if chunk >= 0]
-        without = [chunk for s, chunk in chunks if not any(s * T + t in facts for t in place[chunk])]
-        needless[n] = len(chunks), len(without), without.count(0)
+        claims = [(s, chunk) for s, slots in enumerate(written) for chunk in slots.tolist() if chunk >= 0]
+        without = [chunk for s, chunk in claims if not any(s * T + t in facts for t in place[chunk])]
+        needless[n] = len(claims), len(without), without.count(0)
         chunks = [] if segment == segments - 1 else written[segment].tolist()
         slots = [slot for slot, chunk in enumerate(chunks) if chunk >= 0 and places & set(place[chunk])
                  and all(later[slot] < 0 for later in written[segment + 1 :])]
