@@ -552,8 +552,9 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         torch.set_rng_state(checkpoint["rng"])
     log = None
     if master:
-        log = open(out / "log.jsonl", "a" if checkpoint else "w", buffering=1)  # a line at a time
-        log.truncate(checkpoint["log_size"] if checkpoint else 0)
+        path = out / "log.jsonl"  # without what was logged since the checkpoint; a new file, for whoever reads it meanwhile
+        write_file(path, path.read_bytes()[:checkpoint["log_size"]] if checkpoint and path.exists() else "")
+        log = open(path, "a", buffering=1)  # a line at a time
     network = Unroll(model)
     if world > 1:  # batches of one segment leave the memory's write without gradient
         network = DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)

@@ -121,6 +121,26 @@ def test_resume_equals_uninterrupted_bit_for_bit(data_dir, tmp_path, monkeypatch
     assert results[0] == results[1]
 
 
+def test_the_log_stays_whole_over_resumes(data_dir, tmp_path):
+    def resume(most, log_interval=100):
+        run("--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={most}", f"--log_interval={log_interval}", "--device=cpu",
+            "--eval_samples=2", "--eval_segments=1", "--eval_lengths=")
+
+    path = tmp_path / "log.jsonl"
+    run(*flags(data_dir, tmp_path, max_iters=2))
+    with open(path, "a") as f:
+        f.write('{"iter": 3, "loss": "written after the checkpoint"}\n')
+    with open(path) as reader:
+        before = path.read_text()
+        resume(3)  # and logs nothing
+        assert reader.read() == before  # not cut under the eyes of whoever had opened it
+    resume(4)
+    assert [row["iter"] for row in log(tmp_path)] == [1, 2]
+    path.unlink()
+    resume(5, log_interval=1)
+    assert [row["iter"] for row in log(tmp_path)] == [5]
+
+
 def test_resume_goes_on_longer_but_not_with_another_architecture(data_dir, tmp_path, capsys):
     run(*flags(data_dir, tmp_path, max_iters=2))
     assert run("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--eval_segments=1", "--eval_lengths=", "--eval_samples=2") == 0
