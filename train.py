@@ -563,6 +563,7 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         signal.signal(name, lambda number, _: stopped.append(number))
 
     def save():
+        os.fsync(log.fileno())  # what log_size counts shall be there after a power cut, too
         save_checkpoint(out, {
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it, "stage": stage, "began": began,
             "running": running, "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
