@@ -1,7 +1,7 @@
 """
 How fast it is, and where the time goes: one table after the other, on the CPU or a GPU.
 
-$ python tests/bench.py                        # all of it: about 10 minutes on two cores
+$ python tests/bench.py --rounds=4             # all of it: about 15 minutes on two cores
 $ python tests/bench.py train block            # some of it: train, block, segments, stream, generate, data, profile
 $ python tests/bench.py gpt2 --device=cuda     # 124 M parameters, compiled, bfloat16: the share of the GPU's peak
 
