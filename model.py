@@ -11,7 +11,7 @@ References:
 Shapes, one letter one meaning, in every file:
     B batch      T tokens of one segment (block_size)      S segments      V vocabulary
     C width      H heads      K key-value heads      D = C/H width of a head
-    N memory slots      L layers that own a bank
+    N memory slots      J chunks of a segment, each a candidate for a slot      L layers that own a bank
 
 A *segment* is what self-attention sees at once. A longer text is a sequence of segments, and the memory is the
 only thing that passes from one to the next. It is an explicit input and output of every call; nothing is hidden
@@ -22,12 +22,14 @@ HOW DO T TOKENS UPDATE N SLOTS? The paper's equations (4)-(6) multiply T x C gat
 say. This file's answer, and the one place where it had to decide:
   * Time. All tokens of a segment read the bank as it stood before that segment; the bank is written once, when
     the segment is full. So no token can see a later one, whatever T and N are.
-  * Rows. The segment is cut into N chunks of consecutive tokens. Each is gathered, weighted by a learned salience, into one
-    candidate row, and claims a slot or declines. Those that claim most take, in their order, the slots that were written
-    longest ago. Then (4)-(6) apply row by row, the gates seeing candidate and old slot. As far as a chunk declines, its slot
-    stays as it is, however many segments pass.
+  * Rows. The segment is cut into J chunks of consecutive tokens, as many as slots but of four tokens at least. Each is
+    gathered, weighted by a learned salience, into one candidate row, and claims a slot or declines. Those that claim most
+    take the slots that were written longest ago. Then (4)-(6) apply row by row, the gates seeing candidate and old slot. As
+    far as a chunk declines, its slot stays as it is, however many segments pass.
   * Why chunks. If tokens choose their slot by content, all places look alike and land in one slot, where two facts
     are averaged before anything has learned to tell them apart. By position, two sentences start in two slots.
+  * Why four tokens. A slot shall hold something that can be told apart, "to the garden." and not "the". More slots than
+    chunks hold more of the past, not smaller pieces.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
     In training a text has but a part of the bank, about a quarter to all of it: needless claims bury facts sooner, and are
     sooner unlearned; and what is missing may have been lost, so no fact can be told by its absence.
@@ -194,8 +196,9 @@ class Memory(nn.Module):
         self.d_k = nn.Linear(C, kv, bias=False)  # what W_K and W_V of the read differ by
         self.d_v = nn.Linear(C, kv, bias=False)  # from the self-attention's; they start at zero
         self.recency = 3.0  # how much a read prefers what was written later
-        # a slot lies before the segment, as far as if all that was written since were text: a chunk is T/N tokens, a bank is T
-        cos, sin = rope_table(config, -((torch.arange(N + 1) + 0.5) * T / N).clamp(max=T))  # by age, 0 to N; (N + 1, D)
+        J = min(N, max(1, T // 4))
+        # a slot lies before the segment, as far as if all that was written since were text, of T/J tokens a chunk; at most T
+        cos, sin = rope_table(config, -((torch.arange(N + 1) + 0.5) * T / J).clamp(max=T))  # by age, 0 to N; (N + 1, D)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.w_out = nn.Linear(C, C)  # W_out, b_out
@@ -206,10 +209,10 @@ class Memory(nn.Module):
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
         self.w_forget, self.u_forget = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_forget, b_forget and U_forget
-        # chunk i holds tokens iT//N to (i+1)T//N: uneven where N does not divide T, one token where N > T
-        i, w = torch.arange(N)[:, None], -(-T // N)  # (N, 1); w: width of the longest chunk
-        chunks = i * T // N + torch.arange(w)  # (N, w)
-        self.register_buffer("outside", chunks >= torch.maximum(i * T // N + 1, (i + 1) * T // N), persistent=False)
+        # chunk i holds tokens iT//J to (i+1)T//J: uneven where J does not divide T
+        i, w = torch.arange(J)[:, None], -(-T // J)  # (J, 1); w: width of the longest chunk
+        chunks = i * T // J + torch.arange(w)  # (J, w)
+        self.register_buffer("outside", chunks >= (i + 1) * T // J, persistent=False)
         self.register_buffer("chunks", chunks.clamp(max=T - 1), persistent=False)
 
     def read(self, q, M, attn):
@@ -252,52 +255,53 @@ class Memory(nn.Module):
         return attn.heads(k, norm=True), attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
 
     def gather(self, h, m):
-        """T rows become N: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, N, C) and claimed (B, N), 0 to 1, by chunk."""
+        """T rows become J: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, J, C) and claimed (B, J), 0 to 1, by chunk."""
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
-        h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, N, w, C)
-        logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, N, w)
-        claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, N, w + 1)
+        h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, J, w, C)
+        logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, J, w)
+        claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, J, w + 1)
         return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1]
 
     def assign(self, claimed, age):
-        """The chunk that each slot is offered, (B, N) int64: what is claimed most goes where nothing was written for longest."""
+        """The slot that each chunk is offered, (B, J) int64: what is claimed most goes where nothing was written for longest."""
         chunks = (8 * claimed).round().argsort(dim=1, descending=True, stable=True)  # rounded: equals shall stay in order
-        slots = age.argsort(dim=1, descending=True, stable=True)
-        return torch.empty_like(chunks).scatter_(1, slots, chunks)
+        slots = age.argsort(dim=1, descending=True, stable=True)[:, : claimed.size(1)]
+        return torch.empty_like(chunks).scatter_(1, chunks, slots)
 
     def gates(self, h, M, usable=None):
         """
-        What write applies to the bank, by slot: candidates c (B, N, C), claimed (B, N), g_in and g_forget (B, N, C), and the
-        chunk (B, N) int64 that c comes from. Arguments as write's.
+        What write applies, by chunk: candidates c (B, J, C), claimed (B, J), g_in and g_forget (B, J, C), and the slot (B, J) int64
+        that each goes into. Arguments as write's.
         """
-        m = rms_norm(M[..., :-1], 1e-20).to(h.dtype)  # (B, N, C)
+        m, age = rms_norm(M[..., :-1], 1e-20).to(h.dtype), M[..., -1]  # (B, N, C), (B, N)
         c, claimed = self.gather(h, m)
-        chunk = self.assign(claimed, M[..., -1] if usable is None else M[..., -1] * usable)
-        c, claimed = c.gather(1, chunk[..., None].expand_as(c)), claimed.gather(1, chunk)  # from chunks to slots
+        slot = self.assign(claimed, age if usable is None else age * usable)
+        m = m.gather(1, slot[..., None].expand_as(c))  # (B, J, C)
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
-        g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, N, C)
+        g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, J, C)
         # (5)  g_forget = sigmoid(E_mem W_forget)           the same, as far as claimed: what nobody claims stays as it is
-        g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, N, C)
+        g_forget = torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float())  # (B, J, C)
         g_forget = 1 - claimed[..., None] * (1 - g_forget)  # in float32: bfloat16 has nothing above 0.996
-        return c, claimed, g_in, g_forget, chunk
+        return c, claimed, g_in, g_forget, slot
 
     def write(self, h, M, usable=None):
         """
         h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training usable (B, N) bool: the other
         slots count as just written when the oldest are taken. Returns M_t+1 (B, N, C + 1).
         """
-        c, claimed, g_in, g_forget, chunk = self.gates(h, M, usable)
-        M, age = M[..., :-1], M[..., -1]  # (B, N, C), (B, N)
+        c, claimed, g_in, g_forget, slot = self.gates(h, M, usable)
+        M, age, rows = M[..., :-1], M[..., -1], slot[..., None].expand_as(c)  # (B, N, C), (B, N), (B, J, C)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
-        M = g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M
-        return torch.cat((M, self.grow(age, claimed, chunk)[..., None]), dim=-1)
+        M = M.scatter(1, rows, g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M.gather(1, rows))
+        return torch.cat((M, self.grow(age, claimed, slot)[..., None]), dim=-1)
 
-    def grow(self, age, claimed, chunk):
+    def grow(self, age, claimed, slot):
         """The age (B, N) of each slot once a segment is written: how many chunks have been written since the slot was."""
-        written = claimed > self.threshold  # (B, N), by slot
-        in_order = torch.zeros_like(age).scatter_(1, chunk, written.to(age.dtype))  # by chunk
-        total = in_order.sum(dim=1, keepdim=True)  # (B, 1)
-        return torch.where(written, (total - in_order.cumsum(dim=1)).gather(1, chunk), age + total)
+        written = claimed > self.threshold  # (B, J)
+        count = written.to(age.dtype).cumsum(dim=1)  # (B, J)
+        total = count[:, -1:]  # (B, 1)
+        age = age + total
+        return age.scatter(1, slot, torch.where(written, total - count, age.gather(1, slot)))
 
 
 class Block(nn.Module):

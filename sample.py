@@ -108,19 +108,18 @@ class Watch:
         self.attention[n] = block.memory.attention(block.attn.queries(h, rope), M, block.attn)[0].mean(dim=0).float().cpu()  # (T, N)
         if cache is not None or len(self.tokens) < self.model.config.block_size:
             return
-        _, claimed, g_in, g_forget, chunk = block.memory.gates(h, M)
-        written = claimed[0] > block.memory.threshold  # (N,)
-        self.written[n].append(torch.where(written, chunk[0], -1))
+        _, claimed, g_in, g_forget, slot = block.memory.gates(h, M)
+        written, slot = claimed[0] > block.memory.threshold, slot[0]  # (J,)
+        self.written[n].append(torch.full_like(M[0, :, 0], -1, dtype=torch.int64).scatter(0, slot[written], written.nonzero()[:, 0]))
         if not self.tell:
             return
-        moved = (block.memory.write(h, M) - M)[0, :, :-1].norm(dim=-1) * written  # (N,)
-        means = [f"{gate[0, slots].mean().item():.2f}" if slots.any() else "-"
-                 for gate, slots in ((g_in, written), (g_forget, written), (g_forget, ~written))]
-        chunks = block.memory.chunks[chunk[0]].tolist()  # of each slot, the tokens
-        most = [f"{i} by {label(self.encoding.decode([self.tokens[t] for t in chunks[i]]))!r}"
-                for i in moved.topk(min(3, int(written.sum()))).indices]
+        moved = (block.memory.write(h, M) - M)[0, slot, :-1].norm(dim=-1) * written  # (J,)
+        means = [f"{gate[0, chunks].mean().item():.2f}" if chunks.any() else "-"
+                 for gate, chunks in ((g_in, written), (g_forget, written), (g_forget, ~written))]
+        most = [f"{slot[j]} by {label(self.encoding.decode([self.tokens[t] for t in block.memory.chunks[j].tolist()]))!r}"
+                for j in moved.topk(min(3, int(written.sum()))).indices]
         print("[block {}: {} of {} slots written, gates there: in {}, forget {} (elsewhere {}), out {:.2f}; most changed: {}]".format(
-            n, written.sum(), len(moved), *means, self.out[n], ", ".join(most) or "-"))
+            n, written.sum(), M.size(1), *means, self.out[n], ", ".join(most) or "-"))
 
     @torch.no_grad()
     def look(self, state):

@@ -124,10 +124,11 @@ def peak(device, function, *args):
 def estimate_mfu(model, tokens, seconds, peak_flops):
     """Model FLOPs utilisation: the share of peak_flops (a second's) that training took. RMT's own tokens do not count."""
     c, attn = model.config, model.blocks[0].attn
-    L = sum(block.memory is not None for block in model.blocks)
+    banks = [block.memory for block in model.blocks if block.memory is not None]
+    L, chunks = len(banks), len(banks[0].chunks) if banks else 0
     decoder = model.num_params(memory=False) - (0 if c.tie_embeddings else model.embed.weight.numel())
-    per_slot = 5 * c.n_embd**2 + attn.wk.weight.numel() + attn.wv.weight.numel()  # write; keys and values to read
-    per_token = decoder + L * (c.n_embd**2 + per_slot * c.memory_slots / c.block_size)  # with the output gate
+    write, keys_and_values = 5 * c.n_embd**2 * chunks, (attn.wk.weight.numel() + attn.wv.weight.numel()) * c.memory_slots
+    per_token = decoder + L * (c.n_embd**2 + (write + keys_and_values) / c.block_size)  # with the output gate
     attended = c.n_layer * c.block_size + L * c.memory_slots  # self-attention; read
     return (6 * per_token + 12 * attended * c.n_embd) * tokens / seconds / peak_flops
 

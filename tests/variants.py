@@ -68,7 +68,7 @@ class PositionalWrite(model.Memory):
     """Chunk i is offered to slot i: a later fact in the same chunk takes its place."""
 
     def assign(self, claimed, age):
-        return torch.arange(age.size(1), device=age.device).expand_as(age)
+        return torch.arange(claimed.size(1), device=age.device).expand_as(claimed)
 
 
 class WholeBank(model.Memory):
@@ -82,17 +82,19 @@ class ForgetfulWrite(model.Memory):
     """The forget gate works on every slot in every segment."""
 
     def gates(self, h, M, usable=None):
-        c, claimed, g_in, _, chunk = super().gates(h, M, usable)
-        m = model.rms_norm(M[..., :-1], 1e-20).to(h.dtype)
-        return c, claimed, g_in, torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float()), chunk
+        c, claimed, g_in, _, slot = super().gates(h, M, usable)
+        m = model.rms_norm(M[..., :-1], 1e-20).to(h.dtype).gather(1, slot[..., None].expand_as(c))
+        return c, claimed, g_in, torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float()), slot
 
 
 class ClockAge(model.Memory):
     """Slots grow older with every segment, whether anything is written or not."""
 
-    def grow(self, age, claimed, chunk):
-        N = age.size(1)
-        return claimed * (N - 1 - chunk) + (1 - claimed) * (age + N)
+    def grow(self, age, claimed, slot):
+        J = claimed.size(1)
+        later = J - 1 - torch.arange(J, device=age.device)  # chunks of this segment behind each
+        age = age + J
+        return age.scatter(1, slot, claimed * later + (1 - claimed) * age.gather(1, slot))
 
 
 class AlwaysWrite(model.Memory):
