@@ -31,12 +31,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why four tokens. A slot shall hold something that can be told apart, "to the garden." and not "the". More slots than
     chunks hold more of the past, not smaller pieces.
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
-    In training a text has but a part of the bank, from about four slots to all: needless claims bury facts sooner, and are
+    In training a text has but a part of the bank, about a quarter to all of it: needless claims bury facts sooner, and are
     sooner unlearned; and what is missing may have been lost, so no fact can be told by its absence.
-  * Why a margin. A claim competes with a logit for "nothing", 2 in evaluation. In training half of the texts have 0: what is
-    worth writing learns to pass the 2, and what gets by with 0 does harm there, is unlearned, and falls short by 2 later.
-  * Not the questions. A training text is asked about as it goes on, and what was answered is worth knowing later. A memory that
-    learns to write it writes what looks like it, too: all of the haystack that has an " is". So these tokens are not written.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
     no slot grow old.
@@ -47,7 +43,7 @@ say. This file's answer, and the one place where it had to decide:
   * Read projections. Tokens ask the bank what they ask the window: W_Q is the self-attention's. W_K and W_V are the
     read's own, as the block's plus differences that start at zero: a lookup learned inside the window works on the
     bank at once. A W_Q of its own gained nothing and costs a product per token, where keys and values cost one per slot.
-The alternatives stand in tests/variants.py, what was measured in the README.
+The alternatives stand in tests/variants.py, what was measured in tests/RESULTS.md.
 """
 import json
 import math
@@ -209,7 +205,6 @@ class Memory(nn.Module):
         self.gain = nn.Parameter(torch.empty(C)) if config.memory_gain else None  # a closed gate would stop the gradient
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
-        self.margin = 2.0  # the logit of "nothing": by how much a chunk must stand out to be written
         self.threshold = 0.25  # a chunk that claims more counts as written
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
@@ -259,15 +254,12 @@ class Memory(nn.Module):
         k = F.linear(m, attn.wk.weight + self.d_k.weight)
         return attn.heads(k, norm=True), attn.heads(F.linear(m, attn.wv.weight + self.d_v.weight))
 
-    def gather(self, h, m, margin, unwritten):
-        """
-        T rows become J: of tokens h (B, T, C), less those that are unwritten (B, T) bool, for slots m (B, N, C). Returns
-        c (B, J, C) and claimed (B, J), 0 to 1, by chunk.
-        """
-        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, the margin, stands for "nothing"
+    def gather(self, h, m):
+        """T rows become J: of tokens h (B, T, C) for slots m (B, N, C). Returns c (B, J, C) and claimed (B, J), 0 to 1, by chunk."""
+        # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
         h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, J, w, C)
-        logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1) - margin  # (B, J, w)
-        claim = F.pad(logits.masked_fill(self.outside | unwritten[:, self.chunks], -math.inf), (0, 1)).softmax(dim=-1)  # (B, J, w + 1)
+        logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, J, w)
+        claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, J, w + 1)
         return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1]
 
     def assign(self, claimed, age):
@@ -276,15 +268,14 @@ class Memory(nn.Module):
         slots = age.argsort(dim=1, descending=True, stable=True)[:, : claimed.size(1)]
         return torch.empty_like(chunks).scatter_(1, chunks, slots)
 
-    def gates(self, h, M, limits=None):
+    def gates(self, h, M, usable=None):
         """
         What write applies, by chunk: candidates c (B, J, C), claimed (B, J), g_in and g_forget (B, J, C), and the slot (B, J) int64
         that each goes into. Arguments as write's.
         """
-        usable, margin, unwritten = limits or (1, self.margin, torch.zeros_like(h[..., 0], dtype=torch.bool))
         m, age = rms_norm(M[..., :-1], 1e-20).to(h.dtype), M[..., -1]  # (B, N, C), (B, N)
-        c, claimed = self.gather(h, m, margin, unwritten)
-        slot = self.assign(claimed, age * usable)
+        c, claimed = self.gather(h, m)
+        slot = self.assign(claimed, age if usable is None else age * usable)
         m = m.gather(1, slot[..., None].expand_as(c))  # (B, J, C)
         # (4)  g_in = sigmoid(E_t W_in)                     here from the candidate and the old slot, as in an LSTM
         g_in = torch.sigmoid((self.w_in(c) + self.u_in(m)).float())  # (B, J, C)
@@ -293,13 +284,12 @@ class Memory(nn.Module):
         g_forget = 1 - claimed[..., None] * (1 - g_forget)  # in float32: bfloat16 has nothing above 0.996
         return c, claimed, g_in, g_forget, slot
 
-    def write(self, h, M, limits=None):
+    def write(self, h, M, usable=None):
         """
-        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it; limits, in training: usable slots
-        (B, N) bool, as the others count as just written when the oldest are taken, the margin (B, 1, 1) float, and the unwritten
-        tokens (B, T) bool. Returns M_t+1 (B, N, C + 1).
+        h (B, T, C) of a full segment, M (B, N, C + 1) float32 as the segment read it, in training usable (B, N) bool: the other
+        slots count as just written when the oldest are taken. Returns M_t+1 (B, N, C + 1).
         """
-        c, claimed, g_in, g_forget, slot = self.gates(h, M, limits)
+        c, claimed, g_in, g_forget, slot = self.gates(h, M, usable)
         M, age, rows = M[..., :-1], M[..., -1], slot[..., None].expand_as(c)  # (B, N, C), (B, N), (B, J, C)
         # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t  with the candidate c W_c for E_mem
         M = M.scatter(1, rows, g_in * torch.tanh(self.w_cand(c).float()) + g_forget * M.gather(1, rows))
@@ -438,10 +428,10 @@ class LM2(nn.Module):
         rows = F.pad(F.one_hot(rows, c.n_embd).float(), (0, 1), value=c.memory_slots)  # as old as if N chunks had been written since
         return rows.expand(L, batch_size, -1, -1)
 
-    def segment(self, idx, memory, limits=None, cache=None, start=0):
+    def segment(self, idx, memory, usable=None, cache=None, start=0):
         """
         The decoder on tokens idx (B, T) of one segment, `start` tokens into it. Returns final states (B, T, C) and
-        the memory, written if the segment is full. limits: as in write; cache: a list with a dict per block, to go on token by token.
+        the memory, written if the segment is full. usable: as in write; cache: a list with a dict per block, to go on token by token.
         """
         x = self.embed(idx)  # (B, T, C)
         full = idx.size(1) == self.config.block_size
@@ -453,25 +443,21 @@ class LM2(nn.Module):
             M = memory[i] if block.memory is not None else None  # (B, N, C + 1)
             x, h = block(x, rope, M, None if cache is None else cache[i])
             if full and block.memory is not None:
-                written.append(block.memory.write(h, M, limits))
+                written.append(block.memory.write(h, M, usable))
         x = self.norm(x)
         if self.config.memory_type == "rmt":
             return self.rmt_unwrap(x, memory, start, full)
         return x, torch.stack(written) if written else memory
 
-    def draw(self, idx):
+    def usable(self, idx):
         """
-        What training texts idx (B, S*T) are given, as if drawn: usable slots (B, N) bool, each with a probability of the text's,
-        itself from 4/N to one; and a margin (B, 1, 1) float, the memory's or none. In truth from the tokens: the same in any
-        batch, on any device.
+        The slots (B, N) bool that training texts idx (B, S*T) have, as if drawn: each with a probability of the text's, itself
+        as if drawn from a quarter to one. In truth from the tokens: the same in any batch, on any device.
         """
-        N = self.config.memory_slots
-        place, number = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), N + 2))
+        place, slot = (torch.arange(1, n + 1, device=idx.device) for n in (idx.size(1), self.config.memory_slots + 1))
         key = (idx * place**2).sum(dim=1, keepdim=True) % 65537 * 40503 % 65537  # (B, 1)
-        draws = key * number**3 % 65537 / 65537  # (B, N + 2), 0 to 1
-        margin = self.blocks[0].memory.margin * (draws[:, N + 1 :, None] < 0.5).float()
-        share = (0.25 + 0.75 * draws[:, N : N + 1]) ** max(0, math.log(N / 4, 4))  # (B, 1)
-        return draws[:, :N] < share, margin
+        draws = key * slot**3 % 65537 / 65537  # (B, N + 1), 0 to 1
+        return draws[:, :-1] < 0.25 + 0.75 * draws[:, -1:]
 
     def rmt_wrap(self, x, M, start, full):
         """RMT: [M | tokens | M], the leading copy to read, the trailing one, behind a full segment, to write."""
@@ -500,23 +486,21 @@ class LM2(nn.Module):
             raise ValueError(f"a segment holds {self.config.block_size} tokens, not {idx.size(1)}: use unroll")
         return self.unroll(idx, targets, memory, weights)
 
-    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0, checkpoint_segments=False, logits_at=None,
-               unwritten=None):
+    def unroll(self, idx, targets=None, memory=None, weights=None, bptt_segments=0, checkpoint_segments=False, logits_at=None):
         """
         Any number of segments, the memory carried through; arguments and returns as forward's, over all S*T
         tokens, the loss averaged once over all targets, by weight. Gradients cross every border, unless bptt_segments > 0
         cuts them after every so many. checkpoint_segments: what a segment computed is not kept for the backward pass,
         but computed again. logits_at (B, S*T) bool: return logits (n, V) of these tokens alone; for the loss they are then
-        computed where there is a target, in small pieces. unwritten (B, S*T) bool: tokens that no slot takes in training.
+        computed where there is a target, in small pieces.
         """
         memory, states = self.initial_memory(idx.size(0)) if memory is None else memory, []
-        drawn = self.draw(idx) if self.training and self.config.memory_type == "lm2" else None
-        unwritten = torch.zeros_like(idx, dtype=torch.bool) if unwritten is None else unwritten
+        usable = self.usable(idx) if self.training and self.config.memory_type == "lm2" else None
         run = partial(checkpoint, use_reentrant=False) if checkpoint_segments else lambda function, *args: function(*args)
-        for s, (part, less) in enumerate(zip(*(x.split(self.config.block_size, dim=1) for x in (idx, unwritten)))):
+        for s, part in enumerate(idx.split(self.config.block_size, dim=1)):
             if s and bptt_segments and s % bptt_segments == 0:
                 memory = memory.detach()
-            x, memory = run(self.segment, part, memory, drawn and (*drawn, less))
+            x, memory = run(self.segment, part, memory, usable)
             states.append(x)
         x = torch.cat(states, dim=1)  # (B, S*T, C)
         logits = self.head(x if logits_at is None else x[logits_at])  # (B, S*T, V) or (n, V)
@@ -539,19 +523,18 @@ class LM2(nn.Module):
         """
         plain, compiled = self.segment, torch.compile(self.segment, fullgraph=True, dynamic=False, **options)
 
-        def segment(idx, memory, limits=None, cache=None, start=0):
+        def segment(idx, memory, usable=None, cache=None, start=0):
             if cache is not None or idx.size(1) < self.config.block_size:
-                return plain(idx, memory, limits, cache, start)
+                return plain(idx, memory, usable, cache, start)
             # a memory that is fresh or was loaded shall look like one carried over, or each kind gets its own graph
             idx, memory = idx.contiguous(), memory.contiguous()
             if torch.is_grad_enabled() and not memory.requires_grad:
                 memory = memory.detach().requires_grad_()
             torch._dynamo.maybe_mark_dynamic(idx, 0)
             torch._dynamo.maybe_mark_dynamic(memory, 1)
-            limits = limits and tuple(part.contiguous() for part in limits)
-            for part in limits or ():
-                torch._dynamo.maybe_mark_dynamic(part, 0)
-            return compiled(idx, memory, limits)
+            if usable is not None:
+                torch._dynamo.maybe_mark_dynamic(usable, 0)
+            return compiled(idx, memory, usable)
 
         self.segment, self.loss = segment, torch.compile(self.loss, fullgraph=True, dynamic=True, **options)
 

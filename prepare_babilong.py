@@ -580,7 +580,7 @@ def find_tokenizer(name):
 # -----------------------------------------------------------------------------
 # samples
 
-# tokens (S*T,) int64; answers: where the question starts, where its answer starts and ends, of all in them; prompt: where the last answer starts; its question and
+# tokens (S*T,) int64; answers: spans of all answers in them; prompt: where the last answer starts; its question and
 # target; facts: {line number: span}; support: the line numbers the answer rests on
 Sample = namedtuple("Sample", "tokens answers prompt question target facts support")
 
@@ -680,7 +680,7 @@ class Babilong:
         end, spans = [], []
         for text, answer in map(self.pieces, story[-n:]):
             end += text + answer
-            spans.append([len(end) - n for n in (len(text + answer), len(answer), 0)])
+            spans.append((len(end) - len(answer), len(end)))
         end += [self.newline] * (self.room[task] - len(answer))
         # what the haystack may cost, in characters or tokens; keeping the questions in between whole takes up to `slack`
         cost, slack = self.chars if length else self.ones, sum(len(text + answer) - 1 for _, text, answer in parts if answer)
@@ -699,15 +699,15 @@ class Babilong:
                 start = len(tokens)
             tokens += text + answer
             if answer:
-                answers.append([start, start + len(text), len(tokens)])
+                answers.append((start + len(text), len(tokens)))
             else:
                 facts[i] = (start, len(tokens))
         tokens += chain(*sentences[done:])
         gap = -(len(tokens) + len(end)) % T if length else segments * T - len(tokens) - len(end)
         tokens += chain(*self.noise(rng, gap, self.ones)) if noise and not length else [self.newline] * gap
-        answers += [[len(tokens) + n for n in span] for span in spans]
+        answers += [(len(tokens) + a, len(tokens) + b) for a, b in spans]
         question, target, support = story[-1]
-        return Sample(np.array(tokens + end), answers, answers[-1][1], question, target, facts, support)
+        return Sample(np.array(tokens + end), answers, answers[-1][0], question, target, facts, support)
 
     def retrieve(self, sample, k):
         """

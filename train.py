@@ -498,7 +498,7 @@ class Batches(Dataset):
     """
     batches[it, segments, noise] is that key, and this process's share of the samples of step `it`: idx and targets (B, S*T)
     int64, targets -1 where the next token is padding; answer and first (B, S*T) bool: the targets that belong to an answer,
-    and the first ones of each; asked (B, S*T) bool: the tokens of questions and answers.
+    and the first ones of each.
     """
 
     def __init__(self, data, args, rank, world):
@@ -515,14 +515,13 @@ class Batches(Dataset):
         targets = np.roll(idx, -1, axis=1)
         targets[:, -1] = -1
         targets[targets == self.data.newline] = -1
-        answer, first, asked = np.zeros((3, *idx.shape), dtype=bool)
+        answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
         for row, sample in enumerate(samples):
             if not sample.answers:  # plain text, perhaps shorter than the sample
                 targets[row, sample.prompt - 1 :] = -1
-            for question, start, end in sample.answers:
-                asked[row, question:end] = True
+            for start, end in sample.answers:
                 answer[row, start - 1 : end - 1] = first[row, start - 1] = True
-        return key, tuple(map(torch.from_numpy, (idx, targets, answer, first, asked)))
+        return key, tuple(map(torch.from_numpy, (idx, targets, answer, first)))
 
 
 def culprit(model):
@@ -610,14 +609,14 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         model.train()
         losses = right = 0.0
         parts = [part.tensor_split(args.gradient_accumulation_steps) for part in batch]
-        for i, (idx, targets, answer, first, asked) in enumerate(zip(*[[p.to(device) for p in part] for part in parts])):
+        for i, (idx, targets, answer, first) in enumerate(zip(*[[p.to(device) for p in part] for part in parts])):
             # mean over all targets + answer_weight * mean over the answers', the means taken over the whole step
             weights = ((targets != -1) / n_targets + args.answer_weight * answer / max(1, n_answers)) / (1 + args.answer_weight)
             last = i == args.gradient_accumulation_steps - 1
             with network.no_sync() if world > 1 and not last else nullcontext():
                 with amp:
                     logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments,
-                                              checkpoint_segments=args.checkpoint_segments, logits_at=first, unwritten=asked)
+                                              checkpoint_segments=args.checkpoint_segments, logits_at=first)
                 loss = loss * weights.sum()
                 (loss * world).backward()  # DistributedDataParallel averages over the processes
             losses += loss.item()

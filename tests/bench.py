@@ -268,9 +268,9 @@ def bench_data(device, rounds):
         composing, computing = [], []
         for r in range(rounds + 1):
             start = time.perf_counter()
-            idx, targets, _, first, asked = (part.to(device) for part in batches[r, S, S > 1][1])
+            idx, targets, _, first = (part.to(device) for part in batches[r, S, S > 1][1])
             middle = time.perf_counter()
-            model.unroll(idx, targets, logits_at=first, unwritten=asked)[1].backward()
+            model.unroll(idx, targets, logits_at=first)[1].backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -398,9 +398,10 @@ def test_samples_are_whole(task, size, data):
         s = data.sample(task, 3, i, **size)
         assert len(s.tokens) % T == 0 and ("segments" not in size or len(s.tokens) == 12 * T)
         # questions with their answers stay within a segment
-        for asked, start, end in s.answers:
-            assert re.fullmatch(r" (Where|What|Who|How|Is) [^.?]*\?", data.encoding.decode(s.tokens[asked:start]))
-            assert re.fullmatch(r" [\w ,]+\.", data.encoding.decode(s.tokens[start:end])) and asked // T == (end - 1) // T
+        for start, end in s.answers:
+            text = data.encoding.decode(s.tokens[:end])
+            question = len(data.encode(re.findall(r" (?:Where|What|Who|How|Is) [^.?]*\?", text)[-1]))
+            assert (start - question) // T == (end - 1) // T
         # what the sample says of itself
         assert data.encoding.decode(s.tokens[s.prompt :]).rstrip("\n") == babilong.written(s.target)
         assert len(s.tokens) - s.prompt == data.room[task]

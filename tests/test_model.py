@@ -98,14 +98,13 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
     h, M = torch.randn(B, T, 16, dtype=torch.float64), bank(B, N)
     expected, covered = M.clone(), set()
     h[:, -4:] = -4 * w.salience / w.salience.norm()  # the last chunk will claim little
-    usable, margin = torch.rand(B, N) < 0.5, [0.0, 2.0] if training else [2.0, 2.0]
-    unwritten = torch.rand(B, T) < (0.3 if training else 0)
+    usable = torch.rand(B, N) < 0.5 if training else None
     for b in range(B):
-        claims, nothing = [], math.exp(margin[b])
+        claims = []
         for j in range(J):
             chunk = range(j * T // J, (j + 1) * T // J)
-            e = sum(math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk if not unwritten[b, t])
-            claims.append(e / (nothing + e))
+            e = sum(math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk)
+            claims.append(e / (1 + e))
         order = sorted(range(J), key=lambda j: -round(8 * claims[j]))
         ages = (M[b, :, -1] * usable[b] if training else M[b, :, -1]).tolist()
         slots = sorted(range(N), key=lambda i: -ages[i])  # the oldest first; Python's sort is stable
@@ -114,8 +113,8 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
         for j, i in zip(order, slots):
             chunk = list(range(j * T // J, (j + 1) * T // J))
             covered.update(chunk)
-            e = [0 if unwritten[b, t] else math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk]
-            c = sum(x / (nothing + sum(e)) * h[b, t] for x, t in zip(e, chunk))
+            e = [math.exp(8 * (w.salience @ h[b, t]).item()) for t in chunk]
+            c = sum(x / (1 + sum(e)) * h[b, t] for x, t in zip(e, chunk))
             m = rms(M[b, i, :-1], 1e-20)
             g_in = torch.sigmoid(w.w_in.weight @ c + w.w_in.bias + w.u_in.weight @ m)
             g_forget = torch.sigmoid(w.w_forget.weight @ c + w.w_forget.bias + w.u_forget.weight @ m)
@@ -124,9 +123,8 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
             if j in written:
                 expected[b, i, -1] = sum(k > j for k in written)
     assert covered == set(range(T))
-    limits = (usable, torch.tensor(margin)[:, None, None], unwritten) if training else None
     # the gates are computed in float32
-    torch.testing.assert_close(w.write(h, M, limits), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.write(h, M, usable), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_nobody_claims_stays_exactly():
@@ -137,17 +135,14 @@ def test_what_nobody_claims_stays_exactly():
         assert torch.equal(memory.write(h, M), M)
 
 
-def test_the_tokens_of_a_training_text_say_which_part_of_the_bank_and_what_margin_it_has():
+def test_training_texts_have_a_part_of_the_bank_that_their_tokens_say():
     model, idx = make(memory_slots=16), tokens(2000, 24)
-    usable, margin = model.draw(idx)
+    usable = model.usable(idx)
     assert usable.shape == (2000, 16) and usable.dtype == torch.bool
     share = usable.double().mean(dim=1)
     assert abs(share.mean() - 0.625) < 0.02 and 0.15 < (share < 0.44).double().mean() < 0.35 and (share == 1).any()
     assert (usable.double().mean(dim=0) - 0.625).abs().max() < 0.05  # all slots alike
-    assert margin.shape == (2000, 1, 1) and set(margin.flatten().tolist()) == {0.0, 2.0}
-    high = margin.flatten() > 0
-    assert 0.45 < high.double().mean() < 0.55 and abs(share[high].mean() - share[~high].mean()) < 0.05  # neither tells of the other
-    assert all(torch.equal(part, whole[7:9]) for part, whole in zip(model.draw(idx[7:9]), (usable, margin)))
+    assert torch.equal(model.usable(idx[7:9]), usable[7:9])
     text = tokens(4, 64)
     read = [model.train(mode).unroll(text)[2] for mode in (False, True, False, True)]
     assert torch.equal(read[0], read[2]) and torch.equal(read[1], read[3]) and not torch.equal(read[0], read[1])
@@ -162,7 +157,7 @@ def test_slots_a_training_text_does_not_have_stay_as_they_were():
     for i in range(6):
         claiming = h.clone()
         claiming[0, 4 * i] += 200 * direction
-        M = memory.write(claiming, M, (usable, 0.0, torch.zeros(1, 32, dtype=torch.bool)))
+        M = memory.write(claiming, M, usable)
     assert torch.equal((M != model.initial_memory(1)[0])[0, :, :-1].any(dim=-1), usable[0])
 
 

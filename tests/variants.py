@@ -8,8 +8,6 @@ $ python tests/variants.py unplaced                         # reads slots as if 
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py positional                       # writes chunk i into slot i, not into the oldest
 $ python tests/variants.py whole                            # trains with the whole bank, not with a part of it
-$ python tests/variants.py lenient                          # without a margin between what is written and what is not
-$ python tests/variants.py retold                           # writes the questions and answers in training texts, too
 $ python tests/variants.py forgetful                        # forgets in every slot, claimed or not, as (5) and (6) are printed
 $ python tests/variants.py clock                            # counts a slot's age in chunks read, not in chunks written
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
@@ -76,29 +74,15 @@ class PositionalWrite(model.Memory):
 class WholeBank(model.Memory):
     """Training texts have the whole bank."""
 
-    def write(self, h, M, limits=None):
-        return super().write(h, M, limits and (1, *limits[1:]))
-
-
-class LenientWrite(model.Memory):
-    """No margin, in training or in evaluation: "nothing" has a logit of 0."""
-
-    def gather(self, h, m, margin, unwritten):
-        return super().gather(h, m, 0.0, unwritten)
-
-
-class RetoldWrite(model.Memory):
-    """Writes the questions and answers of training texts, too."""
-
-    def gather(self, h, m, margin, unwritten):
-        return super().gather(h, m, margin, unwritten & False)
+    def write(self, h, M, usable=None):
+        return super().write(h, M)
 
 
 class ForgetfulWrite(model.Memory):
     """The forget gate works on every slot in every segment."""
 
-    def gates(self, h, M, limits=None):
-        c, claimed, g_in, _, slot = super().gates(h, M, limits)
+    def gates(self, h, M, usable=None):
+        c, claimed, g_in, _, slot = super().gates(h, M, usable)
         m = model.rms_norm(M[..., :-1], 1e-20).to(h.dtype).gather(1, slot[..., None].expand_as(c))
         return c, claimed, g_in, torch.sigmoid((self.w_forget(c) + self.u_forget(m)).float()), slot
 
@@ -116,8 +100,8 @@ class ClockAge(model.Memory):
 class AlwaysWrite(model.Memory):
     """The tokens of a chunk share the whole weight, whatever they are."""
 
-    def gather(self, h, m, margin, unwritten):
-        c, claimed = super().gather(h, m, margin, unwritten & False)
+    def gather(self, h, m):
+        c, claimed = super().gather(h, m)
         return c / claimed[..., None], torch.ones_like(claimed)
 
 
@@ -146,7 +130,7 @@ class Addressed(TimelessRead, PositionalWrite):
         super().__init__(config)
         self.w_slot, self.w_token = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(2))
 
-    def gather(self, h, m, margin, unwritten):
+    def gather(self, h, m):
         slot, token = (model.rms_norm(w(x).float()) for w, x in ((self.w_slot, m), (self.w_token, h)))
         claim = self.share(2 * slot.size(-1) ** -0.5 * slot @ token.mT)  # (B, N, T)
         return claim.to(h.dtype) @ h, torch.ones_like(m[..., 0])
@@ -169,8 +153,8 @@ class RoutedWrite(Addressed):
         return sent / sent.sum(dim=2, keepdim=True)
 
 
-RULES = {"shared": SharedRead, "independent": IndependentRead, "unplaced": UnplacedRead, "timeless": TimelessRead,
-         "positional": PositionalWrite, "whole": WholeBank, "lenient": LenientWrite, "retold": RetoldWrite,
+RULES = {"shared": SharedRead, "independent": IndependentRead, "unplaced": UnplacedRead,
+         "timeless": TimelessRead, "positional": PositionalWrite, "whole": WholeBank,
          "forgetful": ForgetfulWrite, "clock": ClockAge, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
