@@ -33,6 +33,8 @@ say. This file's answer, and the one place where it had to decide:
   * Why the oldest slot. If chunk i always went to slot i, a fact would die when a later one fell into the same chunk.
     In training a text has but a part of the bank, about a quarter to all of it: needless claims bury facts sooner, and are
     sooner unlearned; and what is missing may have been lost, so no fact can be told by its absence.
+  * Why claims are drawn back. A claim of almost one has almost no gradient: what is written once would be written for good,
+    whatever it buries. In training, logits above 6 (a claim of 0.998) are drawn back to it.
   * Age. Somebody moves twice, and two slots match the question: the later one is right. So each slot carries its age,
     and a read prefers the younger of equals. Age is counted in chunks written since, not in tokens read: idle talk lets
     no slot grow old.
@@ -185,6 +187,22 @@ class MLP(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+class DrawBack(torch.autograd.Function):
+    """The identity for x of any shape. Backward, what x is above `limit`, times `pull`, is added to its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, limit, pull):
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)  # no gradient, behind the last segment say, stays none
+        ctx.limit, ctx.pull = limit, pull
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return None if grad is None else grad + ctx.pull * (x - ctx.limit).clamp(min=0), None, None
+
+
 class Memory(nn.Module):
     """How a block's tokens read its bank, and how a segment writes it. M (B, N, C + 1): N slots and, last, their age."""
 
@@ -205,6 +223,7 @@ class Memory(nn.Module):
         self.gain = nn.Parameter(torch.empty(C)) if config.memory_gain else None  # a closed gate would stop the gradient
         self.salience = nn.Parameter(torch.empty(C))  # w_sal: how much of its chunk's slot a token claims
         self.sharpness = 8.0  # of the claims: a slot learns early to take nothing from a chunk that holds no fact
+        self.limit, self.pull = 6.0, 1e-4  # of claims' logits; train.py sets pull to 0.1, shared by all the chunks of a step
         self.threshold = 0.25  # a chunk that claims more counts as written
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.w_in, self.u_in = nn.Linear(C, C), nn.Linear(C, C, bias=False)  # W_in, b_in and U_in
@@ -259,7 +278,10 @@ class Memory(nn.Module):
         # c_i = sum over the tokens t of chunk i of softmax(8 h_t w_sal) h_t; one more logit, 0, stands for "nothing"
         h = h.index_select(1, self.chunks.flatten()).unflatten(1, self.chunks.shape)  # (B, J, w, C)
         logits = self.sharpness * (h.float() * self.salience.float()).sum(dim=-1)  # (B, J, w)
-        claim = F.pad(logits.masked_fill(self.outside, -math.inf), (0, 1)).softmax(dim=-1)  # (B, J, w + 1)
+        logits = logits.masked_fill(self.outside, -math.inf)
+        if self.training:
+            logits = DrawBack.apply(logits, self.limit, self.pull)
+        claim = F.pad(logits, (0, 1)).softmax(dim=-1)  # (B, J, w + 1)
         return (claim[..., :-1, None].to(h.dtype) * h).sum(dim=2), 1 - claim[..., -1]
 
     def assign(self, claimed, age):

@@ -555,6 +555,9 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
         path = out / "log.jsonl"  # without what was logged since the checkpoint; a new file, for whoever reads it meanwhile
         write_file(path, path.read_bytes()[:checkpoint["log_size"]] if checkpoint and path.exists() else "")
         log = open(path, "a", buffering=1)  # a line at a time
+    for block in model.blocks:
+        if block.memory is not None:  # in proportion to the loss, a mean over the step
+            block.memory.pull = 0.1 / (args.batch_size * len(block.memory.chunks))
     network = Unroll(model)
     if world > 1:  # batches of one segment leave the memory's write without gradient
         network = DistributedDataParallel(network, find_unused_parameters=True, broadcast_buffers=False)
@@ -618,9 +621,12 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
                     logits, loss, _ = network(idx, targets, weights=weights, bptt_segments=args.bptt_segments,
                                               checkpoint_segments=args.checkpoint_segments, logits_at=first)
                 loss = loss * weights.sum()
-                (loss * world).backward()  # DistributedDataParallel averages over the processes
+                loss.backward()
             losses += loss.item()
             right += (logits.argmax(-1) == targets[first]).sum().item()
+        for p in model.parameters():
+            if world > 1 and p.grad is not None:
+                p.grad *= world  # DistributedDataParallel averages over the processes what is a sum
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
         losses, right = total(losses, right)
         accuracy = right / max(1, n_first)

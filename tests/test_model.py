@@ -127,6 +127,27 @@ def test_write_is_equations_4_to_6_on_chunks(T, N, training):
     torch.testing.assert_close(w.write(h, M, usable), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_in_training_logits_above_the_limit_are_drawn_back():
+    model = make(block_size=23, memory_slots=4)  # uneven chunks: 5, 6, 6 and 6 tokens
+    memory, M = model.blocks[0].memory, bank(2, 4)
+    h = torch.randn(2, 23, 16, dtype=torch.float64)
+    h += (torch.linspace(-10, 15, 23) / 8 / memory.salience.norm() ** 2)[:, None] * memory.salience
+
+    def gradient(pull):
+        memory.pull, x = pull, h.detach().requires_grad_()
+        c, claimed = memory.gather(x, M[..., :-1])
+        (c.sum() + claimed.sum()).backward()
+        return x.grad
+
+    logits = 8 * h @ memory.salience  # (B, T)
+    assert (logits > 6).any() and (logits < 6).any()
+    expected = 0.5 * (logits - 6).clamp(min=0)[..., None] * 8 * memory.salience
+    model.train()
+    torch.testing.assert_close(gradient(0.5) - gradient(0.0), expected, rtol=1e-4, atol=1e-5)  # float32 within
+    model.eval()
+    assert torch.equal(gradient(0.5), gradient(0.0))
+
+
 def test_what_nobody_claims_stays_exactly():
     model = make(dtype=torch.float32)
     memory, M = model.blocks[0].memory, bank(2, 3).float()

@@ -8,6 +8,7 @@ $ python tests/variants.py unplaced                         # reads slots as if 
 $ python tests/variants.py timeless                         # reads whatever matches, of whatever age
 $ python tests/variants.py positional                       # writes chunk i into slot i, not into the oldest
 $ python tests/variants.py whole                            # trains with the whole bank, not with a part of it
+$ python tests/variants.py undrawn                          # claims may saturate
 $ python tests/variants.py forgetful                        # forgets in every slot, claimed or not, as (5) and (6) are printed
 $ python tests/variants.py clock                            # counts a slot's age in chunks read, not in chunks written
 $ python tests/variants.py always                           # writes a salient mean of every chunk, never "nothing here"
@@ -16,6 +17,7 @@ $ python tests/variants.py mean                             # writes the plain m
 $ python tests/variants.py queries                          # writes what the slots ask for: attention over the segment
 $ python tests/variants.py routed                           # writes tokens into the slots that they attend to
 """
+import math
 import sys
 from pathlib import Path
 
@@ -76,6 +78,14 @@ class WholeBank(model.Memory):
 
     def write(self, h, M, usable=None):
         return super().write(h, M)
+
+
+class UndrawnWrite(model.Memory):
+    """Nothing draws the logits of claims back."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.limit = math.inf
 
 
 class ForgetfulWrite(model.Memory):
@@ -154,7 +164,7 @@ class RoutedWrite(Addressed):
 
 
 RULES = {"shared": SharedRead, "independent": IndependentRead, "unplaced": UnplacedRead,
-         "timeless": TimelessRead, "positional": PositionalWrite, "whole": WholeBank,
+         "timeless": TimelessRead, "positional": PositionalWrite, "whole": WholeBank, "undrawn": UndrawnWrite,
          "forgetful": ForgetfulWrite, "clock": ClockAge, "always": AlwaysWrite, "blunt": BluntWrite, "mean": MeanWrite,
          "queries": SlotsAsQueries, "routed": RoutedWrite}
 
