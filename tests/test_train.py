@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,10 +179,22 @@ def test_seed_and_accumulation(change, data_dir, tmp_path):
     assert apart(tmp_path / "a", tmp_path / "b") <= (1e-6 if change else 0)
 
 
-def test_two_processes_compute_what_one_computes(data_dir, tmp_path):
+@pytest.mark.parametrize("claiming", [False, True])
+def test_two_processes_compute_what_one_computes(claiming, data_dir, tmp_path):
+    """Where claims are drawn back, too: a checkpoint whose salience is made large gives logits far above the limit."""
+    change = {"muon_lr": 0, "max_iters": 6}
+    if claiming:
+        run(*flags(data_dir, tmp_path / "one", muon_lr=0, max_iters=1))
+        checkpoint = weights(tmp_path / "one")
+        for name, weight in checkpoint["model"].items():
+            if name.endswith("salience"):
+                weight.copy_(torch.linspace(-1, 1, len(weight)))
+        torch.save(checkpoint, tmp_path / "one" / "ckpt.pt")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        change = {"max_iters": 6, "init_from": "resume"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags(data_dir, tmp_path / name, muon_lr=0, max_iters=6)]
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags(data_dir, tmp_path / name, **change)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
         assert done.returncode == 0, done.stderr
     assert apart(tmp_path / "one", tmp_path / "two") < 1e-6
