@@ -624,9 +624,10 @@ def train(args, checkpoint, model, data, meta, device, amp, rank, world):
                 loss.backward()
             losses += loss.item()
             right += (logits.argmax(-1) == targets[first]).sum().item()
-        for p in model.parameters():
-            if world > 1 and p.grad is not None:
-                p.grad *= world  # DistributedDataParallel averages over the processes what is a sum
+        if world > 1:  # DistributedDataParallel averages over the processes what is a sum
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad *= world
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
         losses, right = total(losses, right)
         accuracy = right / max(1, n_first)
