@@ -686,6 +686,8 @@ def main(args, checkpoint):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
+        # imported later, by DistributedDataParallel, it keeps the group's threads beyond the group, and a process can abort at its end
+        from torch import _dynamo  # noqa: F401
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")

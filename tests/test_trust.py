@@ -156,6 +156,23 @@ def test_a_rank_that_dies_ends_the_job(data_dir, tmp_path):
     assert weights(tmp_path)["iter_num"] >= 0
 
 
+@slow
+@linux
+def test_no_thread_outlives_the_process_group(data_dir, tmp_path):
+    """One that did could need the interpreter when that is gone: the process would abort, with all its work done."""
+    (tmp_path / "run.py").write_text(f"""import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.main(*train.parse_args())
+print(*[f"still {{p.read_text().strip()}}" for p in Path("/proc/self/task").glob("*/comm")])
+""")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "run.py")]
+    code, out, err = finish(start(line + flags(data_dir, tmp_path / "out", max_iters=3)))
+    assert code == 0, err
+    assert "still" in out and "gloo" not in out
+
+
 def _parent(process):
     try:
         return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
