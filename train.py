@@ -105,7 +105,7 @@ def get_parser():
     g.add_argument("--batch_size", type=positive, default=64, help="segments per step: batch_size // S samples of S segments")
     g.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts that a step's batch is computed in")
     g.add_argument("--learning_rate", type=number(float, 0, 10), default=2e-3, help="AdamW's, at its peak")
-    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.01,
+    g.add_argument("--muon_lr", type=number(float, 0, 10), default=0.005,
                    help="Muon's, for the matrices inside the blocks; 0: AdamW for all")
     g.add_argument("--weight_decay", type=number(float, 0, 10), default=0.0, help="of matrices")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.9, help="AdamW's")

@@ -112,7 +112,7 @@ class AlwaysWrite(model.Memory):
 
     def gather(self, h, m):
         c, claimed = super().gather(h, m)
-        return c / claimed[..., None], torch.ones_like(claimed)
+        return c / claimed.clamp(min=1e-6)[..., None], torch.ones_like(claimed)
 
 
 class BluntWrite(model.Memory):
