@@ -1,6 +1,4 @@
-"""The command line of sample.py, with a tiny untrained model: what it reads, carries, answers and refuses."""
-import io
-import os
+"""sample.py with tiny untrained models: what it reads, carries, answers, shows and refuses."""
 import re
 import subprocess
 import sys
@@ -10,196 +8,123 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import prepare_babilong as babilong
 import sample
-import train
-from test_train import flags, run
+from model import LM2Config, build
+
+STORY = "Mary went to the office. John moved to the garden. " * 9
 
 
-@pytest.fixture(scope="module")
-def out_dir(data_dir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("trained")
-    run(*flags(data_dir, path, max_iters=2, eval_segments="1", eval_samples=2))
-    return path
+def tiny(encoding, **memory_type):
+    torch.manual_seed(0)
+    model = build(LM2Config(block_size=32, vocab_size=encoding.n_vocab, n_layer=2, n_head=2,
+                            n_embd=32, memory_slots=4, **memory_type)).eval()
+    for memory in filter(None, (block.memory for block in model.blocks)):
+        torch.nn.init.normal_(memory.salience)  # untrained: every chunk would be written
+    return model
+
+
+@pytest.fixture
+def reader(encoding):
+    return sample.Reader(tiny(encoding), encoding, layers=[1, 2])
+
+
+@pytest.fixture(params=["lm2"])
+def out_dir(request, encoding, tmp_path, monkeypatch):
+    model, rest = tiny(encoding, memory_type=request.param), "optimizers rng iter_num stage began"
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    torch.save({**dict.fromkeys(f"{rest} running log_size data".split()), "args": {},
+                "model": model.state_dict(), "config": vars(model.config),
+                "tokenizer": babilong.dump_tokenizer(encoding)}, "out/ckpt.pt")
 
 
 def call(*args):
     sample.main(sample.get_parser().parse_args(["--device=cpu", *args]))
 
 
-STORY = "Mary went to the office. John moved to the garden. " * 9
+def test_answer_is_the_models_and_looking_changes_nothing(out_dir, encoding, capsys):
+    model, encode = tiny(encoding), encoding.encode_ordinary
+    story, question = encode(" " + STORY.strip()), encode(" Where is Mary?")
+    story += encode("\n") * (-len(story) % 32 if len(story) % 32 + len(question) + 8 > 32 else 0)
+    idx, (memory, tail) = model.generate(torch.tensor([story + question]), 8, temperature=0)
+    Path("text").write_text(STORY.replace(". ", ".\n") + "Where is Mary?\n")
+    for start, *look in [STORY + "Where is Mary?"], ["FILE:text", "--show_memory", "--heatmap=svg"]:
+        call("--save_memory=saved", f"--start={start}", *look)
+        assert f"Where is Mary?{encoding.decode(idx[0, -8:].tolist())}\n" in capsys.readouterr().out
+        saved = torch.load("saved")
+        assert torch.allclose(saved["memory"], memory, atol=1e-5) and saved["tail"].equal(tail)
 
 
-def test_answer_is_the_greedy_continuation(out_dir, capsys):
-    call(f"--out_dir={out_dir}", f"--start={STORY}Where is Mary?")
-    model, encoding = train.load_model(train.load_checkpoint(out_dir), "cpu")
-    story, question = encoding.encode_ordinary(" " + STORY.strip()), encoding.encode_ordinary(" Where is Mary?")
-    if len(story) % 32 + len(question) + 8 > 32:
-        story += encoding.encode_ordinary("\n") * (-len(story) % 32)
-    out, _ = model.generate(torch.tensor([story + question]), 8, temperature=0)
-    answer = encoding.decode(out[0, len(story) + len(question) :].tolist())
-    answer = answer[: answer.index(".") + 1] if "." in answer else answer
-    assert capsys.readouterr().out == f"Where is Mary?{answer}\n"
+def test_question_and_answer_share_a_segment(reader, capsys):
+    for n in range(1, 33):
+        reader.begin()
+        reader.feed(reader.encode("\n") * n)
+        reader.respond("Where is Mary?", sample.get_parser().parse_args([]))
+        answered = " " + capsys.readouterr().out[:-1]
+        assert reader.encoding.decode(reader.last[0].tolist()).endswith(answered)
 
 
-def test_file_is_read_like_text(out_dir, tmp_path, capsys):
-    (tmp_path / "story.txt").write_text(STORY.replace(". ", ".\n") + "Where is Mary?\n")
-    call(f"--out_dir={out_dir}", f"--start={STORY}Where is Mary?")
-    typed = capsys.readouterr().out
-    call(f"--out_dir={out_dir}", f"--start=FILE:{tmp_path / 'story.txt'}")
-    assert capsys.readouterr().out == typed
+def test_queues_name_what_was_written(reader, capsys):
+    reader.show_memory = True
+    reader.read(STORY)
+    lines = re.findall(r"^\[block 2: \d of 8 (.*)", capsys.readouterr().out, re.M)
+    texts = re.findall(r"'[^']*'", "".join(lines))
+    assert len(texts) > 4 and [sample.label(text) for text in reader.queues[2]] == texts[-4:][::-1]
+    reader.show()
+    shares = re.findall(r"slot \d: '.*'  (\d+)%", capsys.readouterr().out)
+    assert len(shares) == 8 and 196 <= sum(map(int, shares)) <= 204
 
 
-def test_memory_is_carried_from_run_to_run(out_dir, tmp_path):
-    whole, half, later = (sample.Reader(*train.load_model(train.load_checkpoint(out_dir), "cpu")) for _ in range(3))
-    for text in (STORY, "Sandra got the milk."):
-        whole.read(text)
-    half.read(STORY)
-    half.save(tmp_path / "memory")
-    later.load(tmp_path / "memory")
-    later.read("Sandra got the milk.")
-    assert torch.equal(whole.state[0], later.state[0]) and torch.equal(whole.state[1], later.state[1])
-    assert not torch.equal(whole.state[0], whole.model.initial_memory(1))
+def test_known_attention_is_drawn(reader, monkeypatch):
+    reader.plain = True
+    reader.read("<&\n went")
+    known = 0.81 * torch.eye(reader.last.size(1), 4)
+    monkeypatch.setattr(reader, "look", lambda memory: {1: known, 2: known})
+    drawn = ElementTree.fromstring(reader.draw())
+    cells = [e.get("d") for e in drawn if e.get("fill-opacity") == "0.8"]
+    assert cells == ["".join(f"M{x + 50 * t} {46 + 16 * t}h50v15h-50z" for t in range(4))
+                     for x in (110, 322, 534, 746)]
+    assert {"block 1, fresh bank", "block 2, bank as written", r"'\n'"} <= {e.text for e in drawn}
 
 
-def test_command_line_saves_and_takes_up_a_memory(out_dir, tmp_path, capsys):
-    file = tmp_path / "story.mem"
-    call(f"--out_dir={out_dir}", f"--start={STORY}", f"--save_memory={file}", "--max_new_tokens=0")
-    call(f"--out_dir={out_dir}", f"--memory_file={file}", "--start=Where is Mary?")
-    assert "Where is Mary?" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["story.mem"]
+@pytest.mark.parametrize("out_dir", ["lm2", "rmt", "none"], indirect=True)
+def test_memory_is_carried_from_run_to_run(out_dir, capsys):
+    call(f"--start={STORY}Sandra left. Where is Mary?")
+    call(f"--start={STORY}Sandra left.", "--max_new_tokens=0", "--save_memory=story.mem")
+    call("--memory_file=story.mem", "--start=Where is Mary?")
+    assert len(set(capsys.readouterr().out.splitlines()[::2])) == 1
 
 
-def test_interactive_reads_lines_and_answers_questions(out_dir, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("Mary went to the office.\n\nWhere is Mary?\nJohn left.\nWhere is John?\n"))
-    call(f"--out_dir={out_dir}", "--interactive")
-    out = capsys.readouterr().out
-    assert out.count("Where is Mary?") == 1 and out.count("Where is John?") == 1 and "John left." not in out
+def test_only_whole_memories_of_this_model_are_loaded(reader, tmp_path):
+    reader.save(tmp_path / "good")
+    reader.load(tmp_path / "good")
+    good, tail = torch.load(tmp_path / "good"), torch.zeros(1, 3).long()
+    M, tails = good["memory"], [tail - 1, tail + 10**6, tail[0], tail.float(), tail.repeat(1, 11)]
+    for wrong in [*({"memory": m} for m in (M[:1], M.double(), M / 0, 1)), {"model": "0"}, None,
+                  *({"tail": t} for t in (*tails, tail.repeat(2, 1), None))]:
+        torch.save({**good, **wrong} if wrong else 0, tmp_path / "bad")
+        with pytest.raises(ValueError, match=r"bad is no memory of this model \([^\n]*\)\Z"):
+            reader.load(tmp_path / "bad")
 
 
-def test_sampling_is_seeded(out_dir, capsys):
-    outs = []
-    for seed in (1, 1, 2):
-        call(f"--out_dir={out_dir}", "--start=Mary went to", f"--seed={seed}", "--max_new_tokens=20", "--temperature=1.5")
-        outs.append(capsys.readouterr().out)
-    assert outs[0] == outs[1] != outs[2] and outs[0].startswith("Mary went to")
+def test_interactive(out_dir):
+    typed = ["/memory", "\ufeffMary went to the office.", "Where is Mary?", STORY, "/save a",
+             "/lost", "/memory", "/forget", "/load a", "/load no", "/save", "/help", "", "Is it?"]
+    done = subprocess.run([sys.executable, sample.__file__, "--interactive"], capture_output=True,
+                          input="\n".join(typed).encode() + b"\n\xff\xfe\n")
+    out = done.stdout.decode().replace("\ufffd", "?")
+    for line in "nothing has", "Where is Mary?", "block 2: 4 of 4", "no is no", ": /lost.", ": ?":
+        assert out.count(line) == 1, line
+    assert out.count("/forget ") == 2 and "office.\n" not in out and not done.stderr
 
 
-def test_question_is_kept_whole(out_dir):
-    reader = sample.Reader(*train.load_model(train.load_checkpoint(out_dir), "cpu"))
-    reader.read("a b c d e f g h i j k l m n o")
-    used = reader.state[1].size(1)
-    reader.make_room(32 - used)
-    assert reader.state[1].size(1) == used
-    reader.make_room(33 - used)
-    assert reader.state[1].size(1) == 32
-
-
-# ----------------------------------------------------------------------------- the memory, looked at
-
-KNOWN = torch.tensor([[0.04, 0.05, 0.1, 0.81], [0.6, 0.4, 0.0, 0.0]])  # attention of two tokens to four slots
-
-
-def test_known_attention_is_drawn_in_known_colours():
-    rows = [("block 2", {"before": KNOWN, "after": KNOWN.flip(0)})]
-    drawn = sample.heatmap(rows, ["<a&", "\n\x00"])
-    paths = re.findall(r'<path class="a(\d)" d="(.*?)"/>', drawn)
-    cells = {int(level): d for level, d in paths[:6]}
-    assert cells == {1: "M1 0.5h1", 2: "M2 0.5h1", 3: "", 4: "M1 1.5h1", 5: "M0 1.5h1", 6: "M3 0.5h1"}
-    assert dict(paths[6:])["6"] == "M3 1.5h1"
-    texts = [e.text for e in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"<a&", "\u21b5\ufffd", "block 2", "before", "after", "5%", "80%"} <= set(texts)
-
-
-def test_known_attention_is_printed_in_known_shades():
-    rows = [("block 2", {"before": KNOWN, "after": KNOWN})]
-    title, first, second = sample.blocks(rows, [" a", "b"], colour=False)
-    assert first == "             a |  ..::##| |  ..::##|" and second == "             b |++==    | |++==    |" and "slots 0 to 3" in title
-    _, first, _ = sample.blocks(rows, [" a", "b"], colour=True)
-    assert "\x1b[48;5;51m##\x1b[0m" in first
-
-
-def test_of_many_slots_the_most_read_are_shown():
-    A = torch.zeros(1, 300)
-    A[0, 200:] = torch.linspace(0.1, 0.9, 100)
-    panels, slots = sample.levels([A, A])
-    assert slots == list(range(236, 300)) and panels[0].shape == (1, 64) and panels[0][0, -1] == 6
-
-
-@pytest.mark.parametrize("slots", [16, 2048])
-def test_picture_of_a_long_segment_stays_small(slots):
-    A = (8 * torch.randn(512, slots, generator=torch.Generator().manual_seed(0)).abs()).softmax(dim=-1)
-    drawn = sample.heatmap([("block 1", {"before": A, "after": A})], ["\U0001f642 <&>"] * 512)
-    assert len(drawn.encode()) < 500_000 and ElementTree.fromstring(drawn) is not None
-
-
-def test_heatmap_of_a_text(out_dir, tmp_path, capsys):
-    call(f"--out_dir={out_dir}", f"--start={STORY}Where is Mary?", f"--heatmap={tmp_path / 'a.svg'}", "--show_memory", "--heatmap_layer=1,2")
-    printed, drawn = capsys.readouterr().out, (tmp_path / "a.svg").read_text()
-    written = re.findall(r"^\[block (\d): \d of 4 slots written, gates there: in [\d.-]+, forget [\d.-]+ \(elsewhere [\d.-]+\), out 0\.\d+; "
-                         r"most changed: \d by '.*'", printed, re.M)
-    segments = len(train.load_model(train.load_checkpoint(out_dir), "cpu")[1].encode_ordinary(" " + STORY)) // 32
-    assert len(written) >= 2 * segments > 2 and written[:2] == ["1", "2"] and "block 2, slots 0 to 3" in printed
-    texts = [e.text for e in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
-    assert {"block 1", "block 2", "before any update", "after the updates", "Mary", "?"} <= {t.strip() for t in texts}
-
-
-def test_looking_changes_nothing(out_dir, tmp_path, capsys):
-    answers = []
-    for extra in [], [f"--heatmap={tmp_path / 'a.svg'}"]:
-        call(f"--out_dir={out_dir}", "--start=Mary went to the office. Where is Mary?", f"--save_memory={tmp_path / 'memory'}{len(extra)}", *extra)
-        answers.append(capsys.readouterr().out.splitlines()[0])
-    a, b = (torch.load(tmp_path / f"memory{i}") for i in (0, 1))
-    assert answers[0] == answers[1] and torch.equal(a["memory"], b["memory"]) and torch.equal(a["tail"], b["tail"])
-    assert "after its update" in (tmp_path / "a.svg").read_text()  # shorter than a segment
-
-
-def test_commands(out_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    typed = ["/memory", STORY, "/save story.mem", "/forget", "/memory", "/load story.mem", "/memory", "/load nowhere", "/save no/where/x", "/lost",
-             "/save", "/help", "Where is Mary?"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
-    call(f"--out_dir={out_dir}", "--interactive")
-    out = capsys.readouterr().out
-    assert out.count("nothing has been read yet") == 2 and out.count("block 2, slots 0 to 3: before any update | after the updates") == 1
-    assert "there is no memory file nowhere" in out and "/lost is no command" in out and "/save is no command" in out and "no/where" in out
-    assert out.count("/forget ") == 2 and "Where is Mary?" in out and os.listdir() == ["story.mem"]
-
-
-def test_interactive_begins_with_what_is_given(out_dir, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    call(f"--out_dir={out_dir}", "--interactive", "--start=John left. Where is John?")
-    assert "Where is John?" in capsys.readouterr().out
-
-
-def test_lookups_are_counted(data_dir, tmp_path):
-    run(*flags(data_dir, tmp_path, max_iters=1, eval_segments="1", eval_samples=2, memory_slots=1))
-    done = subprocess.run([sys.executable, Path(__file__).with_name("lookup.py"), f"--out_dir={tmp_path}", "--segments=4", "--samples=20"],
-                          capture_output=True, text=True)
-    rows = [line.split() for line in done.stdout.splitlines()]
-    ages, kinds = [r for r in rows if r[1] == "segments"], {r[0]: int(r[2]) for r in rows if r[1] == "fact"}
-    assert done.returncode == 0 and sum(int(r[2]) for r in ages) == sum(kinds.values()) == 20
-    # there is but one slot, and each segment writes it
-    assert all(row[-4:] == (["100.0"] * 4 if row[0] == "1" else ["0.0"] * 4) for row in ages)  # looked up, and still there
-    blocks = [[float(word) for word in row if "." in word] for row in rows if row[0] == "block"]
-    assert blocks and all(written == 3 >= needless == first > 0 for written, needless, first in blocks)  # a segment is one chunk
-
-
-def test_memory_of_another_kind_cannot_be_looked_at(data_dir, tmp_path):
-    run(*flags(data_dir, tmp_path, max_iters=1, eval_segments="1", eval_samples=2, memory_type="rmt"))
-    with pytest.raises(ValueError, match="no memory bank to look at"):
-        call(f"--out_dir={tmp_path}", "--show_memory")
-
-
-@pytest.mark.parametrize("args, complaint", [
-    (["--heatmap=a.svg", "--heatmap_layer=3"], "--heatmap_layer=3: the blocks with a memory bank are 1, 2"),
-    (["--heatmap=no/where.svg"], "--heatmap=no/where.svg: there is no such folder"),
-    (["--save_memory=no/where"], "--save_memory=no/where: there is no such folder"),
-    (["--start= "], "holds no text"), (["--start=FILE:nowhere.txt"], "nowhere.txt"), (["--memory_file=nowhere"], "no memory file"),
-    (["--memory_file=junk"], "is not a memory saved by sample.py"), (["--memory_file=foreign"], "written by another model"),
-    (["--start=FILE:binary"], "not text in UTF-8"), (["--device=tpu9"], "--device=tpu9")])
-def test_bad_input(args, complaint, out_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("junk").write_bytes(b"junk")
-    Path("binary").write_bytes(b"\xff\xfe\x00")
-    torch.save({"memory": torch.zeros(1), "tail": torch.zeros(1), "model": "0"}, "foreign")
-    with pytest.raises((ValueError, OSError), match=complaint):
-        call(f"--out_dir={out_dir}", *args)
+@pytest.mark.parametrize("flag, complaint", [
+    ("--heatmap_layer=3", "to look at: [1, 2]"), ("--heatmap=no/where.svg", "no/where.svg"),
+    ("--save_memory=no/where", "no/where"), ("--start= ", "no text"), ("--start=FILE:no", "no"),
+    ("--start=FILE:junk", "UTF-8"), ("--start=\udcff", "UTF-8"), ("--memory_file=junk", "Error")])
+def test_bad_input_is_one_line(flag, complaint, out_dir):
+    Path("junk").write_bytes(b"\xff\xfe\x00")
+    done = subprocess.run([sys.executable, sample.__file__, flag], capture_output=True, text=True)
+    assert done.returncode in (1, 2) and not done.stdout and complaint in done.stderr
+    assert re.fullmatch("sample.py: error: .*\n", done.stderr)
