@@ -163,8 +163,8 @@ class Memory(nn.Module):
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V
         self.w_out = nn.Linear(C, C, bias=False)  # W_out
-        self.w_in, self.u_in = (nn.Linear(C, C, bias=False) for _ in "WU")  # W_in, U_in
-        self.w_forget, self.u_forget = (nn.Linear(C, C, bias=False) for _ in "WU")  # ..._forget
+        self.w_in, self.u_in = (nn.Linear(C, C, bias=False) for _ in range(2))  # W_in, U_in
+        self.w_forget, self.u_forget = (nn.Linear(C, C, bias=False) for _ in range(2))  # ..._forget
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.salience = nn.Parameter(torch.empty(C))  # w_sal, starts at zero
         # slot i lies i chunks before the segment, in a text of what was written; at most T before
@@ -194,17 +194,18 @@ class Memory(nn.Module):
         # training weighs what is written by its claim, so that claims have a gradient
         claim = claim if self.training else written.type_as(claim)
         # which chunks are offered the P = min(J, N) oldest slots: the written ones the very oldest,
-        # in the order of the text; if there are more than N, the last ones of the text
+        # the last one of the text slot N - 1; if there are more than N, the last ones of the text
         N, J = M.size(1), claim.size(2)
         order = (written * J + torch.arange(J, device=h.device)).argsort(dim=2)[..., -N:]
         P = order.size(2)
         c = c.gather(2, order[..., None].expand(-1, -1, -1, c.size(3)))  # (B, S, P, C)
         claim = claim.gather(2, order)[..., None]  # (B, S, P, 1)
-        # n written rows then go from the end to the front, the last of the text first
+        # the n rows written then move from the end to the front, where the last of the text is slot 0
         i, n = torch.arange(N, device=h.device), written.sum(dim=2, keepdim=True)
         source = torch.where(i < n, N - 1 - i, i - n)[..., None].expand(-1, -1, -1, M.size(2))
         # all that is sequential: the bank passes through the segments
-        by_segment, banks = (self.w_in(c), self.w_forget(c), self.w_cand(c).tanh(), claim, source), []
+        by_segment = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh(), claim, source
+        banks = []
         for c_in, c_forget, c_new, claim, source in zip(*(x.unbind(1) for x in by_segment)):
             if self.bptt_segments and banks and len(banks) % self.bptt_segments == 0:
                 M = M.detach()
@@ -301,6 +302,8 @@ class LM2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Sets every parameter, the decoder's first: one seed gives all types one decoder."""
+        if self.embed.weight.is_meta:
+            return  # somebody counts parameters
         g = torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device
@@ -339,8 +342,6 @@ class LM2(nn.Module):
         Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S, T, C),
         the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
         """
-        if memory.size(1) != x.size(0):
-            raise ValueError(f"a memory of {memory.size(1)} texts does not fit {x.size(0)} texts")
         rope, written = (self.cos[: x.size(2)], self.sin[: x.size(2)]), []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C)
@@ -360,27 +361,31 @@ class LM2(nn.Module):
         float, of each target in the loss, one over their number by default. Returns states
         (B, n, C), which `head` makes logits of, loss (scalar; None without targets) and memory.
         """
-        T, S, loss, xs, claims = self.config.block_size, idx.size(1) // self.config.block_size, None, [], []
+        T, S, loss = self.config.block_size, idx.size(1) // self.config.block_size, None
         memory = self.initial_memory(idx.size(0)) if memory is None else memory
+        if memory.size(1) != idx.size(0):
+            raise ValueError(f"a memory of {memory.size(1)} texts does not fit {idx.size(0)} texts")
         x = self.embed(idx)  # (B, n, C)
         # all the full segments, then the rest
-        for part in x[:, : S * T].unflatten(1, (S, T)), x[:, None, S * T :]:
+        parts = x[:, : S * T].unflatten(1, (S, T)), x[:, None, S * T :]  # (B, S, T, C)
+        states, odds = [], []
+        for part in parts:
             if part.numel():
-                part, memory, log_odds = self.segments(part, memory)
-                xs.append(part.flatten(1, 2))
-                claims += [] if log_odds is None else [log_odds]
-        x = torch.cat(xs, dim=1)  # (B, n, C)
+                x, memory, log_odds = self.segments(part, memory)
+                states.append(x.flatten(1, 2))
+                odds.append(log_odds)
+        x = torch.cat(states, dim=1)  # (B, n, C)
         if targets is not None:
             if weights is None:
                 weights = (targets != -1) / (targets != -1).sum().clamp(min=1)
             # in pieces: one array of all the logits would be slow, and the largest of all
             pieces = zip(*(t.flatten(0, 1).split(1024) for t in (x, targets, weights)))
-            loss = sum((F.cross_entropy(self.head(x), t, ignore_index=-1, reduction="none") * w).sum()
-                       for x, t, w in pieces)
-            for log_odds in claims if self.training else ():
+            loss = sum((F.cross_entropy(self.head(s), t, ignore_index=-1, reduction="none") * w).sum()
+                       for s, t, w in pieces)
+            if self.training and odds[0] is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
-                beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
+                beyond = (odds[0].abs() - 6.0).clamp(min=0)  # (L, B, S, J)
                 loss = loss + 0.05 * beyond.square().mean(dim=(1, 2, 3)).sum() * weights.sum()
         return x, loss, memory
 
@@ -429,8 +434,9 @@ class RMT(LM2):
     def __init__(self, config):
         super().__init__(config)
         N, C = config.memory_slots, config.n_embd
-        # as large as embeddings are
-        self.memory_tokens = nn.Parameter(torch.randn(N, C) * (0.02 if config.tie_embeddings else 1))
+        std = 0.02 if config.tie_embeddings else 1.0
+        self.memory_tokens = nn.Parameter(torch.randn(N, C) * std)
+        # a segment and its two copies of the memory need more positions
         self.cos, self.sin = rope_table(config, torch.arange(config.block_size + 2 * N))
 
     def initial_memory(self, batch_size):
@@ -446,7 +452,7 @@ class RMT(LM2):
                 memory = memory.detach()
             wrapped = torch.cat((memory[0], part, memory[0][:, : N * full]), dim=1)
             states, _, _ = super().segments(wrapped[:, None], memory)  # (B, 1, N + T + N, C)
-            memory = states[:, 0, -N:][None].float() if full else memory
+            memory = states[:, 0, -N:][None].type_as(memory) if full else memory
             xs.append(states[:, 0, N : N + x.size(2)])
         return torch.stack(xs, dim=1), memory, None
 
@@ -509,7 +515,7 @@ def load_llama(folder, **overrides):
     of LM2Config; a memory of memory_slots is grafted on so that the logits stay as they were; a
     smaller vocab_size keeps the first tokens. ValueError: files that do not fit each other.
     """
-    model = LM2(LM2Config(**{**llama_config(folder), "memory_slots": 0, **overrides}))
+    model = build(LM2Config(**{**llama_config(folder), "memory_slots": 0, **overrides}))
     for block in model.blocks:
         if block.memory is not None:
             block.memory.wv.weight.zero_()  # (1)  V = 0: nothing is read until it is learned
@@ -517,17 +523,20 @@ def load_llama(folder, **overrides):
     missing = set(ours)
     try:
         for path in sorted(Path(folder).glob("*.safetensors")):
+            name = "its header"
             for name, weight in read_safetensors(path):
                 for theirs, here in NAMES.items():
                     name = name.replace(theirs, here)
                 if name == "head.weight" and model.config.tie_embeddings:
-                    name = "embed.weight"  # of tied matrices some files have the one, some the other
+                    name = "embed.weight"  # tied: some files have the one, some the other
                 if name in ("embed.weight", "head.weight"):
                     weight = weight[: model.config.vocab_size]  # the last tokens are special ones
                 if not name.endswith("inv_freq"):
-                    ours[name].view(weight.shape).copy_(weight)
+                    if weight.shape != ours[name].shape:
+                        raise ValueError(f"of shape {list(weight.shape)}")
+                    ours[name].copy_(weight)
                     missing.discard(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
         raise ValueError(f"{path} is damaged, or not of config.json: {name}, {e}") from None
     if missing:
         raise ValueError(f"the .safetensors files in {folder} lack {min(missing)}")

@@ -25,9 +25,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from bisect import bisect
 from collections import Counter, defaultdict, namedtuple
@@ -253,13 +250,13 @@ def format_babi(task, stories):
 def read_text(path):
     """The text of a file. Raises OSError where it cannot be read, ValueError where it is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8 ({e.reason} at byte {e.start})") from None
 
 
 def read_documents(path):
-    """The texts of a file, or of the *.txt files of a folder. Raises ValueError or OSError where there is no text."""
+    """The texts of a file, or of a folder's *.txt files. Raises ValueError or OSError for none."""
     files = sorted(Path(path).rglob("*.txt")) if Path(path).is_dir() else [Path(path)]
     texts = [text for text in map(read_text, files) if text.strip()]
     if not texts:
@@ -291,153 +288,86 @@ def read_babi(path):
     return stories
 
 
-def find_babi(folder, task):
-    """Stories of `task` in all its files under `folder`, named as published (qa1_....txt) or as here (qa1.txt)."""
+def find_babi(folder, task, split=None):
+    """
+    Stories of `task` in a folder's file qa1.txt, or in its published ones, qa1_..._train.txt and
+    _test.txt. split: "train" or "test", the one file or, where there is but one in all, its first
+    nine tenths or the rest; None: that one file whole. Raises ValueError where it is not clear
+    which file is meant, or where there are too few stories to split.
+    """
     files = sorted(p for p in Path(folder).rglob("qa*.txt") if re.match(rf"{task}(_|\.txt$)", p.name))
-    if not files:
-        raise ValueError(f"{folder} holds no file for {task}: expected {task}_something.txt or {task}.txt")
-    return [story for path in files for story in read_babi(path)]
+    parts = {}
+    for path in files:
+        part = re.search(r"(_train|_valid|_test)?\.txt$", path.name)[1] or ""
+        if part in parts:
+            names = sorted({str(p.parent.relative_to(folder)) for p in files})
+            raise ValueError(f"{folder} holds {task} several times: name one of its folders "
+                             f"({', '.join(names)})")
+        parts[part] = path
+    if not parts:
+        raise ValueError(f"{folder} holds no file for {task}, like {task}_something.txt or {task}.txt")
+    if {"_train", "_test"} <= parts.keys() and split:
+        return read_babi(parts[f"_{split}"])
+    stories = read_babi(next(iter(parts.values())))
+    if split is None or len(parts) > 1:
+        return stories
+    if len(stories) < 2:
+        raise ValueError(f"{files[0]} has one story: it takes two, one to learn from, one to be asked")
+    at = min(len(stories) * 9 // 10, len(stories) - 1)
+    return stories[:at] if split == "train" else stories[at:]
 
 
 # -----------------------------------------------------------------------------
-# downloads, for those who ask for them
+# BABILong's published samples
 
-TIMEOUT = 30  # seconds without a byte
-
-
-class SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, or within the host that was asked, and nowhere else."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
-        if new.scheme != "https" and new[:2] != old[:2]:
-            raise ValueError(f"{req.full_url} redirects to {newurl}, which is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def fetch(url, path, check, most=2**31, tries=4, pause=1.0):
-    """
-    Downloads url to a file, unless it is there: goes on where an earlier try broke off, tries again after errors that may pass,
-    and puts the file in its place once check(text) has returned without a ValueError. Raises ValueError for what is not to be had,
-    is larger than `most` bytes, comes compressed or does not pass.
-    """
-    path, part, reason = Path(path), Path(f"{path}.part"), None
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for i in range(tries):
-        time.sleep(pause * (2**i - 1))
-        start = part.stat().st_size if part.exists() else 0
-        headers = {"User-Agent": "lm2", "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-        try:
-            with urllib.request.build_opener(SafeRedirects).open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-                if response.headers.get("Content-Encoding", "identity") != "identity":
-                    raise ValueError(f"{url} comes compressed, which was not asked for")
-                if response.status != 206:
-                    start = 0  # it sends the whole again
-                elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                    raise ValueError("it goes on at another place than asked")
-                size = int(response.headers.get("Content-Length") or 0)
-                with open(part, "r+b" if start else "wb") as f, tqdm(total=start + size or None, initial=start, unit="B", unit_scale=True,
-                                                                     desc=path.name, leave=False, disable=None) as bar:
-                    f.seek(start)
-                    while block := response.read(2**16):
-                        f.write(block)
-                        bar.update(len(block))
-                        if f.tell() > most:
-                            raise ValueError(f"{url} is larger than {most} bytes")
-                    if size and f.tell() < start + size:
-                        raise OSError(f"broke off after {f.tell()} of {start + size} bytes")
-            check(read_text(part))
-            return os.replace(part, path)
-        except urllib.error.HTTPError as e:
-            reason = f"{e.code} {e.reason}"
-            if e.code == 416:  # what is there is longer than the file
-                part.unlink()
-            elif e.code < 500 and e.code != 429:
-                raise ValueError(f"{url} is not to be had: {reason}") from None
-        except ValueError as e:
-            part.unlink(missing_ok=True)
-            raise ValueError(f"{url} is not what was expected: {e}") from None
-        except (OSError, http.client.HTTPException) as e:
-            reason = getattr(e, "reason", None) or e
-    raise ValueError(f"{url} could not be fetched in {tries} tries ({reason}): run the same command again to go on where it broke off")
-
-
-# where things lie, as of 2025
 HUB = "https://huggingface.co"
 HUB_FILE = "{hub}/datasets/RMT-team/{dataset}/resolve/main/data/{task}/{length}.json"
-HUB_ROWS = "{rows}/rows?dataset=RMT-team%2F{dataset}&config={length}&split={task}&offset={offset}&length=100"
-ROWS = "https://datasets-server.huggingface.co"
-BOOKS = "https://www.gutenberg.org"
-BOOK_FILE = "{books}/cache/epub/{number}/pg{number}.txt"
-NOVELS = (84, 98, 1342, 1661, 2701)  # Frankenstein, A Tale of Two Cities, Pride and Prejudice, Sherlock Holmes, Moby Dick
 
 
 def parse_records(text):
-    """BABILong's published samples: a list of {"input", "question", "target"}. Raises ValueError for anything else."""
+    """A list of {"input", "question", "target"}, of JSON. Raises ValueError for anything else."""
     try:
-        records = [{name: r[name] for name in ("input", "question", "target")} for r in json.loads(text)]
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ValueError(f"not a list of input, question and target in JSON ({type(e).__name__})") from None
-    if not records or not all(isinstance(value, str) for r in records for value in r.values()):
-        raise ValueError("no records, or some that are not text")
+        records = [{n: r[n].strip() for n in ("input", "question", "target")} for r in json.loads(text)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f"no list of input, question and target in JSON ({type(e).__name__})") from None
+    if not records:
+        raise ValueError("an empty list")
     return records
 
 
 def fetch_babilong(folder, tasks, lengths, dataset="babilong", hub=HUB):
-    """Published evaluation sets as folder/task/length.json: from their JSON files or, where there are none, row by row."""
-    def rows(text):
+    """Downloads what is missing of folder/task/length.json. Raises ValueError, leaving no half."""
+    for task, length in tqdm([*product(tasks, lengths)], "downloading", leave=False, disable=None):
+        path = Path(folder, task, f"{length}.json")
+        if path.exists():
+            continue
+        url = HUB_FILE.format(hub=hub, dataset=dataset, task=task, length=length)
         try:
-            found = json.loads(text)
-            if not found["rows"] or any(row["truncated_cells"] for row in found["rows"]):
-                raise ValueError("texts of this length come cut short, or not at all")
-            return parse_records(json.dumps([row["row"] for row in found["rows"]])), min(found["num_rows_total"], 10_000)
-        except (TypeError, KeyError, RecursionError) as e:
-            raise ValueError(f"no rows in JSON ({type(e).__name__})") from None
-
-    for task, length in product(tasks, lengths):
-        path, names = Path(folder, task, f"{length}.json"), {"hub": hub, "dataset": dataset, "task": task, "length": length}
-        try:
-            fetch(HUB_FILE.format(**names), path, parse_records)
-        except ValueError as e:
-            if "404" not in str(e):
-                raise
-            records, total = [], 1
-            while len(records) < total:
-                page = path.with_name(f"{length}.{len(records)}.rows")
-                fetch(HUB_ROWS.format(rows=ROWS if hub == HUB else hub, offset=len(records), **names), page, rows)
-                found, total = rows(read_text(page))
-                records += found
-            write_file(path, json.dumps(records))
-            for page in path.parent.glob(f"{length}.*.rows"):
-                page.unlink()
-
-
-def strip_licence(text):
-    """The book itself, of a text from Project Gutenberg. Raises ValueError where it is not marked."""
-    match = re.search(r"\*\*\* ?START OF TH[EI]S? PROJECT GUTENBERG[^\n]*\*\*\*(.*)\*\*\* ?END OF TH[EI]S? PROJECT GUTENBERG", text, re.S)
-    if not match:
-        raise ValueError("no text between START and END of a Project Gutenberg book")
-    return match[1]
-
-
-def fetch_books(folder, books=BOOKS):
-    """The novels as texts."""
-    for number in NOVELS:
-        fetch(BOOK_FILE.format(books=books, number=number), Path(folder, f"pg{number}.txt"), strip_licence, most=2**25)
-    return [strip_licence(read_text(Path(folder, f"pg{number}.txt"))) for number in NOVELS]
+            with urllib.request.urlopen(url, timeout=30) as response:
+                text = response.read().decode()
+            parse_records(text)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            raise ValueError(f"{url} is not to be had: {e or type(e).__name__}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
 
 
 def write_file(path, content):
-    """Writes text, or bytes, whole or not at all."""
+    """
+    Writes text, or bytes: a file whole or not at all, with the mode it had; a link where it points
+    to; a device, or a pipe, as it is.
+    """
+    path, content = Path(os.path.realpath(path)), content if isinstance(content, bytes) else content.encode()
+    if path.exists() and not path.is_file():
+        return path.write_bytes(content)
     new = Path(f"{path}.tmp")
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError:
+        new.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    finally:
         new.unlink(missing_ok=True)
-        raise
-    os.replace(new, path)
 
 
 # -----------------------------------------------------------------------------
@@ -466,16 +396,14 @@ def python_documentation():
     return [s for doc in docs for par in re.split(r"\n\s*\n", doc) for s in split_sentences(par) if prose.fullmatch(s)]
 
 
-def read_background(paths=None, cache_dir="data/cache", books=BOOKS):
+def read_background(paths=None):
     """
-    The haystack: sentences of text files and of folders of *.txt, of novels that are fetched into cache_dir for the path "gutenberg", by
-    default of Python's documentation; every one once, and none that names a person of any task. Raises ValueError or OSError
-    for paths that do not give a hundred.
+    The haystack: sentences of text files and of folders of *.txt, by default of Python's own
+    documentation; every one once, and none that names a person of any task. Raises ValueError or
+    OSError for paths that do not give a hundred.
     """
-    sentences = python_documentation() if paths is None else []
-    for path in paths or ():
-        for text in fetch_books(Path(cache_dir, "gutenberg"), books) if path == "gutenberg" else read_documents(path):
-            sentences += split_sentences(text)
+    texts = [text for path in paths or () for text in read_documents(path)]
+    sentences = [s for text in texts for s in split_sentences(text)] if paths else python_documentation()
     person = re.compile(rf"\b({'|'.join(ALL_PEOPLE)})\b")
     sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
     if len(sentences) < 100:
@@ -536,6 +464,15 @@ def make_encoding(ranks, pattern=PATTERN):
     if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
         raise ValueError("the tokenizer is not whole: a token is there twice, or a byte is missing")
     return tiktoken.Encoding("babilong", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def encode(encoding, text):
+    """
+    The tokens of any text, a list. A very long run of white space is cut, which the regular
+    expressions of some tokenizers would not survive.
+    """
+    parts = re.findall(r"\s{1,1000}|(?:(?!\s{1000})[\s\S])+", text) if re.search(r"\s{1000}", text) else [text]
+    return [token for part in parts for token in encoding.encode_ordinary(part)]
 
 
 def dump_tokenizer(encoding):
@@ -614,7 +551,7 @@ class Babilong:
 
     def __init__(self, encoding, stories, sentences, block_size):
         self.encoding, self.stories, self.sentences, self.block_size = encoding, stories, sentences, block_size
-        self.encode = lru_cache(maxsize=100_000)(lambda text: tuple(encoding.encode_ordinary(text)))
+        self.encode = lru_cache(maxsize=100_000)(lambda text: tuple(encode(encoding, text)))
         (self.newline,) = self.encode("\n")
         haystack = encoding.encode_ordinary_batch([" " + s for s in sentences])
         self.haystack = [tokens for tokens in haystack if len(tokens) >= MIN_TOKENS]
@@ -625,9 +562,6 @@ class Babilong:
         self.ones = [1] * encoding.n_vocab
         # every answer of a task takes the room of the longest: its position must not tell how long it is
         self.room = {task: max(len(self.encode(written(a))) for a in (*LABELS[task], *LISTS.get(task, ()))) for task in TASKS}
-
-    def __reduce__(self):
-        return Babilong, (self.encoding, self.stories, self.sentences, self.block_size)  # for processes that do not fork
 
     def digest(self):
         """A hash of everything that samples are made of."""
@@ -649,6 +583,21 @@ class Babilong:
             return simulate(task, rng, rng.randint(1, 5), rng.randint(0, 3) if dense else 0, limit)
         story = rng.choice(self.stories[task])  # one of its questions, and what comes before it
         return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
+
+    def guess(self, asked, task, n=2000):
+        """
+        Accuracies in % of two that never read the story: one gives the commonest answer of the task,
+        one the commonest to the question's words. They learn n of these stories, are asked n others.
+        """
+        rng, counts = random.Random(task), {}
+        learn, ask = ([source.story(task, rng)[-1] for _ in range(n)] for source in (self, asked))
+        for line in learn:
+            for words in "", line.text:
+                counts.setdefault(words, Counter())[line.answer] += 1
+        best = {words: counter.most_common(1)[0][0] for words, counter in counts.items()}
+        right = [[best[""] == line.answer, best.get(line.text, best[""]) == line.answer] for line in ask]
+        majority, question_only = (100 * np.mean(right, axis=0)).round(1).tolist()
+        return {"task": task, "majority": majority, "question_only": question_only}
 
     def sample(self, task, seed, index, segments=None, length=None, dense=False, noise=True):
         """
@@ -723,7 +672,7 @@ class Babilong:
         scores = (idf * counts * 2.5 / (counts + (0.375 + 1.125 * length / length.mean())[:, None])).sum(axis=1)
         pieces, room = {}, self.block_size - (len(sample.tokens) - sample.prompt) - len(question)
         for i in sorted(range(len(words)), key=lambda i: (-scores[i], -i))[:k]:  # of equals the later one
-            piece = self.encoding.encode_ordinary(" " + sentences[i])
+            piece = encode(self.encoding, " " + sentences[i])
             if len(piece) <= room:
                 pieces[i], room = piece, room - len(piece)
         return np.array(list(chain(*(pieces[i] for i in sorted(pieces)))) + [self.newline] * room + list(question))
@@ -735,7 +684,16 @@ class Published(Babilong):
     def __init__(self, like, folder):
         super().__init__(like.encoding, None, like.sentences, like.block_size)
         self.folder = folder
-        self.read = lru_cache()(lambda task, length: parse_records(read_text(Path(folder, task, f"{length}.json"))))
+        self.read = lru_cache()(self.read)
+
+    def read(self, task, length):
+        """The records of a file. Raises ValueError for a target that no answer could match."""
+        path = Path(self.folder, task, f"{length}.json")
+        records = parse_records(read_text(path))
+        for record in records:
+            if not score(task, record["question"], record["target"], written(record["target"])):
+                raise ValueError(f"{path}: {record['target']!r} is no answer to a question of {task}")
+        return records
 
     def digest(self):
         """A hash of the files."""
@@ -744,7 +702,7 @@ class Published(Babilong):
     def sample(self, task, seed, index, length):
         """Sample `index` of a file: the text, newlines up to a border, the question, and room for its answer."""
         record, T = self.read(task, length)[index], self.block_size
-        text = self.encoding.encode_ordinary("".join(" " + s for s in split_sentences(record["input"])))
+        text = encode(self.encoding, "".join(" " + s for s in split_sentences(record["input"])))
         question = list(self.encode(" " + " ".join(record["question"].split())))
         end = len(question) + self.room[task]
         if end > T:
@@ -765,7 +723,8 @@ class Documents:
     def __init__(self, encoding, texts, block_size, share=(0.0, 1.0)):
         self.encoding, self.block_size = encoding, block_size
         parts = [text[int(share[0] * len(text)) : int(share[1] * len(text))] for text in texts]
-        self.documents = [np.array(tokens) for tokens in map(encoding.encode_ordinary, parts) if len(tokens) > 1]
+        documents = [np.array(encode(encoding, part)) for part in parts]
+        self.documents = [tokens for tokens in documents if len(tokens) > 1]
         self.ends = list(accumulate(map(len, self.documents)))
         if not self.ends or self.ends[-1] < block_size:
             raise ValueError(f"the text is too short: {share[1] - share[0]:.0%} of it must fill a segment of {block_size} tokens")
@@ -787,47 +746,49 @@ class Documents:
 # -----------------------------------------------------------------------------
 # the files
 
-def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337, eval_stories=1000, tokenizer=None,
-               cache_dir="data/cache", books=BOOKS):
+def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size=2048, seed=1337,
+               eval_stories=1000, tokenizer=None):
     """
-    Writes data_dir: tokenizer.json, meta.json, and in train/ and eval/ background.txt (a sentence a line) and
-    the stories qa*.txt; no train/qa*.txt where stories are simulated, because training simulates fresh ones. All of
-    it or, on any error, nothing. Raises ValueError for input it cannot use, OSError for files it cannot read or write.
+    Writes data_dir: tokenizer.json, meta.json, and in train/ and eval/ background.txt (a sentence a
+    line) and the stories qa*.txt; no train/qa*.txt where stories are simulated, because training
+    simulates fresh ones. meta.json comes last: without it the folder is not used. Raises ValueError
+    for input it cannot use, OSError for files it cannot read or write.
     """
-    source = ",".join(background) if background else f"documentation of Python {'.'.join(map(str, sys.version_info[:3]))}"
-    sentences = read_background(background, cache_dir, books)
-    files = {}  # name: text or stories
-    for split, held_out in (("train", False), ("eval", True)):  # a tenth, in runs of 50 sentences, is for evaluation
+    data_dir, ours = Path(data_dir), {"tokenizer.json", "meta.json", "train", "eval"}
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if foreign := {path.name for path in data_dir.iterdir()} - ours - {"meta.json.tmp"}:
+        raise ValueError(f"{data_dir} holds {min(foreign)}, which is not of prepare_babilong.py: name "
+                         "another --data_dir")
+    for split in "train", "eval":  # before the work, so that a mistake shows at once
+        (data_dir / split).mkdir(exist_ok=True)
+    sentences, files = read_background(background), {}  # name: text
+    for split, held_out in ("train", False), ("eval", True):  # a tenth, in runs of 50 sentences
         part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
         files[f"{split}/background.txt"] = "".join(s + "\n" for s in part)
     for task in tqdm(tasks, desc="stories", unit="task", leave=False, disable=None):
         if babi_dir:
-            stories = find_babi(babi_dir, task)
-            cut = -(-len(stories) * 9 // 10)
-            files[f"train/{task}.txt"], files[f"eval/{task}.txt"] = (format_babi(task, s) for s in (stories[:cut], stories[cut:]))
+            test = find_babi(babi_dir, task, "test")
+            seen = set(map(str, test))  # what is asked must not have been learned
+            train = [story for story in find_babi(babi_dir, task, "train") if str(story) not in seen]
+            if not train:
+                raise ValueError(f"{babi_dir}: {task} has no story for training that is not in its test")
+            files[f"train/{task}.txt"] = format_babi(task, train)
         else:
-            stories = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
-            files[f"eval/{task}.txt"] = format_babi(task, stories)
-    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(files["train/background.txt"].splitlines(), vocab_size)
+            test = [simulate(task, random.Random(f"{seed}/eval/{task}/{i}")) for i in range(eval_stories)]
+        files[f"eval/{task}.txt"] = format_babi(task, test)
+    train_sentences = files["train/background.txt"].splitlines()
+    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(train_sentences, vocab_size)
     files["tokenizer.json"] = dump_tokenizer(encoding)
     digest = hashlib.sha256("".join(name + files[name] for name in sorted(files)).encode()).hexdigest()[:16]
-    meta = {"hash": digest, "tasks": ",".join(tasks), "stories": babi_dir or "simulated", "background": source, "seed": seed}
-    files["meta.json"] = json.dumps(meta, indent=2) + "\n"
-    data_dir = Path(data_dir)
-    if data_dir.exists() and any(data_dir.iterdir()) and not (data_dir / "meta.json").exists():
-        raise ValueError(f"{data_dir} exists and was not written by prepare_babilong.py: name another --data_dir")
-    temporary = data_dir.with_name(data_dir.name + f".{os.getpid()}.tmp")
-    try:
-        for name, text in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
-        old = temporary.with_name(temporary.name + ".old")
-        if data_dir.exists():
-            data_dir.rename(old)
-        temporary.rename(data_dir)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    source = ",".join(background) if background else f"documentation of Python {sys.version.split()[0]}"
+    meta = {"hash": digest, "tasks": ",".join(tasks), "stories": babi_dir or "simulated",
+            "background": source, "seed": seed}
+    (data_dir / "meta.json").unlink(missing_ok=True)
+    for old in data_dir.glob("*/qa*.txt"):
+        old.unlink()
+    for name, text in files.items():
+        write_file(data_dir / name, text)
+    write_file(data_dir / "meta.json", json.dumps(meta, indent=2) + "\n")
     return meta
 
 
@@ -844,7 +805,7 @@ def load_data(data_dir, block_size):
             stories = None if fresh else {task: find_babi(data_dir / split, task) for task in meta["tasks"].split(",")}
             splits.append(Babilong(encoding, stories, sentences, block_size))
     except (OSError, KeyError, ValueError) as e:
-        raise ValueError(f"{data_dir} cannot be used: {e}. Run prepare_babilong.py again") from None
+        raise ValueError(f"{data_dir} cannot be used ({e}): run prepare_babilong.py again") from None
     return *splits, meta
 
 
@@ -869,6 +830,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; what a terminal or a pipe cannot show is then shown as ?"""
+        for stream in sys.stdout, sys.stderr:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        return super().parse_args(args, namespace)
+
+    def add_group(self, title):
+        """The flags that follow are listed under this title."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, name, default, help, kind=str, choices=None):
+        """Adds --name to the group; with a bool as default --name and --no-name."""
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
+            "type": kind, "choices": choices}
+        self.group.add_argument(f"--{name}", default=default, help=help, **how)
+
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a finite float from low to high."""
@@ -884,6 +862,23 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def several(kind):
+    """An argparse type: what is separated by commas, each part of type `kind` and taken once."""
+    def parse(text):
+        parts = list(dict.fromkeys(kind(part.strip()) for part in text.split(",") if part.strip()))
+        if not parts:
+            raise argparse.ArgumentTypeError(f"takes one value or more, separated by commas, not {text!r}")
+        return parts
+    return parse
+
+
+def out_file(text):
+    """An argparse type: a file that can be written when the work is done."""
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder, or its folder is missing")
+    return text
+
+
 def length(text):
     """An argparse type: a length like 4k, left as it is."""
     try:
@@ -894,54 +889,48 @@ def length(text):
 
 
 def parse_tasks(text):
-    """('qa1', 'qa2') from 'qa1,qa2', or all of them. Raises ValueError for an unknown task."""
-    tasks = TASKS if text == "all" else tuple(dict.fromkeys(text.split(",")))
+    """An argparse type: ['qa1', 'qa2'] from 'qa1,qa2', or all of them."""
+    tasks = list(TASKS) if text == "all" else several(str)(text)
     if unknown := [t for t in tasks if t not in TASKS]:
-        raise ValueError(f"--tasks takes names of qa1 to qa10, separated by commas, or all, not {unknown[0]!r}")
+        raise argparse.ArgumentTypeError(f"takes names of qa1 to qa10, by commas, or all, not {unknown[0]!r}")
     return tasks
 
 
 def get_parser():
     parser = Parser("Writes the data, or shows a sample of it.")
-    parser.add_argument("--data_dir", default="data/babilong", help="folder to write")
-    parser.add_argument("--tasks", default="all", help="bAbI tasks, like qa1,qa2, or all")
-    parser.add_argument("--babi_dir", help="folder of published bAbI files to use instead of the simulator")
-    parser.add_argument("--background", help="text files and folders of .txt files, by commas, to use as haystack; gutenberg: novels, fetched")
-    parser.add_argument("--vocab_size", type=number(int, 512, 65536), default=2048, help="tokens of the tokenizer that is trained, at most")
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="gpt2, cl100k_base or o200k_base, which tiktoken fetches, or the "
-                        "tokenizer.model of a Llama 3; default: one trained on the haystack")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of the evaluation stories")
-    parser.add_argument("--source", choices=("local", "hub"), default="local", help="hub: fetch BABILong's published evaluation sets instead, "
-                        "for train.py --eval_only --babilong_dir=CACHE_DIR/DATASET")
-    parser.add_argument("--lengths", default="0k,1k,2k,4k", help="of --source=hub")
-    parser.add_argument("--dataset", choices=("babilong", "babilong-1k-samples"), default="babilong", help="of --source=hub: 100 or 1,000 samples each")
-    parser.add_argument("--hub_url", default=HUB, help="a mirror of the hub")
-    parser.add_argument("--books_url", default=BOOKS, help="a mirror of Project Gutenberg")
-    parser.add_argument("--cache_dir", default="data/cache", help="where downloads are kept")
-    parser.add_argument("--show", metavar="TASK", choices=TASKS, help="print a sample of data_dir, which is written only if missing")
-    parser.add_argument("--length", type=length, help="of the sample shown, like 0k or 4k; default: --segments")
-    parser.add_argument("--segments", type=number(int, 1, 10**6), default=4, help="of the sample shown")
-    parser.add_argument("--block_size", type=number(int, 1, 2**20), default=64, help="tokens of a segment of the sample shown")
+    flag, group = parser.flag, parser.add_group
+    group("data")
+    flag("data_dir", "data/babilong", "folder to write")
+    flag("tasks", "all", "bAbI tasks, like qa1,qa2, or all", parse_tasks)
+    flag("babi_dir", None, "folder of published bAbI files to use instead of the simulator")
+    flag("background", None, "text files and folders of .txt files, by commas, as haystack", several(str))
+    flag("vocab_size", 2048, "tokens of the tokenizer trained on it, at most", number(int, 512, 65536))
+    flag("tokenizer", None, "gpt2, cl100k_base or o200k_base, which tiktoken fetches, or a Llama 3's "
+         "tokenizer.model, instead")
+    flag("seed", 1337, "of the evaluation stories", number(int, 0, 2**63 - 1))
+    group("BABILong's published samples, for train.py --eval_only --babilong_dir=CACHE_DIR/DATASET")
+    flag("source", "local", "hub: download them instead", choices=("local", "hub"))
+    flag("lengths", "0k,1k,2k,4k", "of their texts", several(length))
+    flag("dataset", "babilong", "100 or 1,000 samples each", choices=("babilong", "babilong-1k-samples"))
+    flag("hub_url", HUB, "where they are")
+    flag("cache_dir", "data/cache", "where they go")
+    group("show")
+    flag("show", None, "print a sample of this task; data_dir is written only if missing", choices=TASKS)
+    flag("length", None, "of the sample, like 0k or 4k; default: --segments", length)
+    flag("segments", 4, "of the sample", number(int, 1, 10**6))
+    flag("block_size", 64, "tokens of a segment", number(int, 1, 2**20))
     return parser
 
 
 def main():
-    parser = get_parser()
-    args = parser.parse_args()
-    try:
-        tasks, lengths = parse_tasks(args.tasks), args.lengths.split(",")
-        for name in lengths:
-            parse_length(name)
-    except ValueError as e:
-        parser.error(str(e))
+    args = get_parser().parse_args()
     if args.source == "hub":
         folder = Path(args.cache_dir, args.dataset)
-        fetch_babilong(folder, tasks, lengths, args.dataset, args.hub_url.rstrip("/"))
-        return print(f"in {folder}: {args.lengths} of {', '.join(tasks)}")
+        fetch_babilong(folder, args.tasks, args.lengths, args.dataset, args.hub_url.rstrip("/"))
+        return print(f"in {folder}: {', '.join(args.lengths)} of {', '.join(args.tasks)}")
     if not args.show or not Path(args.data_dir, "meta.json").exists():
-        background = args.background.split(",") if args.background else None
-        meta = write_data(args.data_dir, tasks, args.babi_dir, background, args.vocab_size, args.seed, tokenizer=args.tokenizer,
-                          cache_dir=args.cache_dir, books=args.books_url.rstrip("/"))
+        meta = write_data(args.data_dir, args.tasks, args.babi_dir, args.background, args.vocab_size,
+                          args.seed, tokenizer=args.tokenizer)
         print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
     if args.show:
         show(load_data(args.data_dir, args.block_size)[1], args.show, segments=args.segments, length=args.length)

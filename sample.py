@@ -11,16 +11,25 @@ import codecs
 import hashlib
 import io
 import sys
+from functools import partial
 from html import escape
 
 import torch
 
 from model import sample
-from prepare_babilong import (Parser, number, out_file, read_text, several, split_sentences,
-                              write_file)
-from train import first_line, load_checkpoint, load_model, pick_device, svg
+from prepare_babilong import (Parser, encode, number, out_file, read_text, several,
+                              split_sentences, write_file)
+from train import first_line, load_checkpoint, load_model, pick_device
 
 STORY = "Mary went to the office. John moved to the garden. Where is Mary?"
+
+
+def svg(width, height, title, body):
+    """A picture of lines of SVG on white, in plain attributes, which every viewer knows."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" font-family="monospace" font-size="12" '
+            f'fill="#1f2328"><title>{escape(title)}</title>\n'
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>\n{body}\n</svg>\n')
 
 
 def label(text, most=14):
@@ -35,7 +44,7 @@ class Reader:
     """
     def __init__(self, model, encoding, layers=(), show_memory=False, plain=False):
         self.model, self.encoding, self.layers = model.requires_grad_(False), encoding, layers
-        self.encode, self.show_memory, self.plain = encoding.encode_ordinary, show_memory, plain
+        self.encode, self.show_memory, self.plain = partial(encode, encoding), show_memory, plain
         for n in layers:  # what block n reads is kept in self.A
             memory = model.blocks[n - 1].memory
             memory.attention = lambda *args, n=n, attention=memory.attention: (

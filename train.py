@@ -349,7 +349,7 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
         rows.append(evaluate(model, evaluated, task, seed, n, *how, **size))
     if RANK == 0:
         stories = held_out if args.babilong_dir else evaluated
-        guesses = [babilong.guess(training, stories, task) for task in args.tasks]
+        guesses = [training.guess(stories, task) for task in args.tasks]
         if rows:
             print_table(rows, guesses)
         lengths = [s for s in args.eval_segments if s] if args.data else [max(args.curriculum)]

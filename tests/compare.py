@@ -1,118 +1,120 @@
 """
-Puts several results.json of train.py side by side, as Markdown. Runs that differ in nothing but their seed are one column.
+Several runs of train.py side by side, as Markdown. Runs that differ in their seed alone share a column.
 
 $ python tests/compare.py out/results.json out-none/results.json
-$ python tests/compare.py --kind=outside out-*/results.json      # only questions about what lies outside the window
-$ python tests/compare.py --task=qa1 out-*/results.json          # one task instead of the average
-$ python tests/compare.py --curve out-*/results.json             # the learning curves, from log.jsonl beside each file
-$ python tests/compare.py --plot=accuracy.svg out-*/results.json # accuracy by length, as a picture
-$ python tests/compare.py --figure5=blocks.svg out-*/results.json        # perplexity by number of blocks with memory
+$ python tests/compare.py --kind=outside out*/results.json       # facts outside the window alone
+$ python tests/compare.py --plot=accuracy.svg out*/results.json  # accuracy by length, as a picture
+$ python tests/compare.py --curves=curves.svg out/results.json   # the learning curves, of log.jsonl
 """
 import json
 import sys
+from html import escape
+from itertools import chain, groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from prepare_babilong import Parser, write_file  # noqa: E402
-from train import average, chart, kept_flags, svg  # noqa: E402
+from prepare_babilong import Parser, out_file, write_file  # noqa: E402
+from sample import svg  # noqa: E402
+from train import NOT_KEPT  # noqa: E402
+
+COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #808080 #9457c9".split()
+
+
+def chart(title, series, top=0, ticks=None):
+    """
+    A panel 480 wide and 240 high, `top` from the top, as lines of SVG. series: {name: points}, each
+    (x, y) or, with a range, (x, y, lowest, highest); ticks: {x: text}, by default five of the range.
+    """
+    points = list(chain(*series.values()))
+    right, high = (max([1, *values]) for values in ([p[0] for p in points], [p[1] for p in points]))
+
+    def place(x, y):
+        return f"{56 + 392 * x / right:.1f} {top + 208 - 140 * y / high:.1f}"
+
+    body = [f'<text x="8" y="{top + 16}" font-weight="bold">{escape(title)}</text>']
+    for i in range(5):
+        y = high * i / 4
+        body.append(f'<path stroke="#d0d7de" d="M{place(0, y)}h392"/><text x="50" '
+                    f'y="{place(0, y).split()[1]}" dy="4" text-anchor="end">{y:.3g}</text>')
+    for x, text in (ticks or {right * i / 4: f"{right * i / 4:.0f}" for i in range(5)}).items():
+        body.append(f'<text x="{place(x, 0).split()[0]}" y="{top + 226}" '
+                    f'text-anchor="middle">{escape(text)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        stroke = f'fill="none" stroke-width="1.6" stroke="{COLOURS[i % len(COLOURS)]}"'
+        x, y = 8 + i % 4 * 117, top + 34 + i // 4 * 16
+        ranges = "".join(f"M{place(p[0], p[2])}L{place(p[0], p[3])}" for p in line if p[2:])
+        body.append(f'<path {stroke} d="M{x} {y - 4}h16M{"L".join(place(*p[:2]) for p in line)}'
+                    f'{ranges}"/><text x="{x + 20}" y="{y}">{escape(name)}</text>')
+    return "\n".join(body) + "\n"
+
+
+def curves(folder):
+    """A picture of the accuracies and the loss in a folder's log.jsonl."""
+    accuracy, loss = {}, []
+    for entry in map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()):
+        loss += [(entry["iter"], entry["loss"])] if "loss" in entry else []
+        for s, group in groupby(entry.get("eval", ()), key=lambda row: row["segments"]):
+            group = [row["accuracy"] for row in group]
+            accuracy.setdefault(f"{s} seg.", []).append((entry["iter"], sum(group) / len(group)))
+    charts = {"training loss": {"loss": loss}, "accuracy in %, held out": accuracy}
+    charts = [item for item in charts.items() if any(item[1].values())]
+    body = "".join(chart(title, series, 240 * i) for i, (title, series) in enumerate(charts))
+    return svg(480, 240 * len(charts), "learning curves", body)
 
 
 def load(path):
-    """A results.json with the folder it lies in. Raises ValueError for another file."""
+    """A results.json, with its folder. Raises ValueError for another file."""
     try:
         results = json.loads(Path(path).read_text())
-        return {"folder": Path(path).parent, "name": Path(path).stem, **{k: results[k] for k in ("config", "results", "guesses", "perplexity")}}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not a results.json of train.py ({type(e).__name__}: {e})") from None
+        return {"folder": Path(path).parent, **{k: results[k] for k in ("config", "results")}}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is not a results.json of train.py ({type(e).__name__})") from None
 
 
-def columns(files):
-    """{name of a column: its files}. The same flags with several seeds make one column."""
-    groups = {}
-    for file in files:
-        config = file["config"]
-        same = {k: config.get(k) for k in (*kept_flags(), "intervention", "retrieve", "rule") if k != "seed"}
-        groups.setdefault(json.dumps(same), []).append(file)
-    return {group[0]["folder"].name + group[0]["name"].removeprefix("results"): group for group in groups.values()}
-
-
-def spread(values, digits=1):
-    """'mean (lowest–highest)', or the value where there is but one, and how many there are if some are None."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    mean = f"{sum(known) / len(known):.{digits}f}"
-    text = mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f}–{max(known):.{digits}f})"
-    return text if len(known) == len(values) else f"{text}, {len(known)} of {len(values)}"
-
-
-def table(head, rows):
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
-def point(x, values):
-    """x, the mean of the values that are known, the lowest and the highest."""
-    values = [v for v in values if v is not None]
-    return x, sum(values) / len(values), min(values), max(values)
-
-
-def figure5(files):
-    """The paper's Figure 5 as SVG: {number of blocks that own a bank: perplexity}."""
-    found = {}
-    for file in files:
-        config = file["config"]
-        blocks = 0 if config["memory_type"] == "none" else config["n_memory_layers"] or config["n_layer"]
-        if file["perplexity"]:
-            found.setdefault(blocks, []).append(file["perplexity"]["perplexity"])
-    if not found:
-        raise ValueError("none of these results has a perplexity")
-    line = [point(blocks, values) for blocks, values in sorted(found.items())]
-    body, height = chart("perplexity of held-out text", {"by number of blocks with a memory": line}, low=None, ticks={b: str(b) for b in found})
-    return svg(480, height, "perplexity by number of blocks with memory", body)
+def spread(values):
+    """'mean (lowest–highest)', or the value where there is but one."""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 def main():
     parser = Parser("Puts several results.json of train.py side by side.")
     parser.add_argument("files", nargs="+", help="results.json files")
-    parser.add_argument("--kind", choices=("all", "outside", "earlier"), default="all", help="which questions")
-    parser.add_argument("--task", help="one task; default: the average of all")
-    parser.add_argument("--curve", action="store_true", help="learning curves instead of results")
-    parser.add_argument("--plot", metavar="SVG", help="draw accuracy by length instead")
-    parser.add_argument("--figure5", metavar="SVG", help="draw perplexity by number of blocks with memory instead")
+    parser.add_argument("--kind", choices=("all", "outside"), default="all", help="which questions")
+    parser.add_argument("--plot", type=out_file, metavar="SVG", help="draw accuracy by length instead")
+    parser.add_argument("--curves", type=out_file, metavar="SVG", help="draw the first file's run instead")
     args = parser.parse_args()
-    files = [load(path) for path in args.files]
-    if args.figure5:
-        return write_file(args.figure5, figure5(files))
-    groups = columns(files)
-    kind = "" if args.kind == "all" else f"_{args.kind}"
+    files, kind, columns = [load(path) for path in args.files], "_outside" * (args.kind != "all"), {}
+    if args.curves:
+        return write_file(args.curves, curves(files[0]["folder"]))
+    for file in files:
+        other = *NOT_KEPT, "seed", "iter_num", "data_dir"
+        key = str(sorted((k, str(v)) for k, v in file["config"].items() if k not in other))
+        columns.setdefault(key, []).append(file)
+    columns = {group[0]["folder"].name: group for group in columns.values()}
 
-    def value(file, size):
-        rows = [r for r in file["results"] if (r["length"] or f"{r['segments']} seg.") == size and args.task in (None, r["task"])]
-        return average(rows, kind)[0] if any(r[f"n{kind}"] for r in rows) else None
+    def values(group, size):
+        """The accuracy of each file of a column, the mean over its tasks."""
+        for file in group:
+            found = [r["accuracy" + kind] for r in file["results"]
+                     if (r["length"] or f"{r['segments']} seg.") == size and r["n" + kind]]
+            if found:
+                yield sum(found) / len(found)
 
-    if args.curve:
-        logs = {name: [[json.loads(line) for line in open(file["folder"] / "log.jsonl")] for file in group] for name, group in groups.items()}
-        last = max(row["iter"] for group in logs.values() for log in group for row in log)
-        stages = sorted({row["stage"] for group in logs.values() for log in group for row in log if "stage" in row})
-        table(["reached stage at step", *groups], [
-            [str(stage), *(spread([next((r["iter"] for r in log if r.get("stage", -1) >= stage), None) for log in group], 0)
-                           for group in logs.values())] for stage in stages if stage])
-        print(f"\n({last} steps in all)")
-        return
-    sizes = list(dict.fromkeys(r["length"] or f"{r['segments']} seg." for group in groups.values() for r in group[0]["results"]))
+    sizes = list(dict.fromkeys(r["length"] or f"{r['segments']} seg." for f in files for r in f["results"]))
     if args.plot:
-        series = {name: [point(i, known) for i, size in enumerate(sizes) if any(known := [value(file, size) for file in group])]
-                  for name, group in groups.items()}
-        body, height = chart(f"accuracy in %{', ' + args.kind if kind else ''}", series, ticks=dict(enumerate(sizes)))
-        return write_file(args.plot, svg(480, height, "accuracy by length", body))
-    rows = [[size, *(spread([value(file, size) for file in group]) for group in groups.values())] for size in sizes]
-    rows.append(["perplexity", *(spread([f["perplexity"]["perplexity"] for f in group if f["perplexity"]], 2) for group in groups.values())])
-    rows.append(["parameters", *(f"{group[0]['config']['parameters']:,}" for group in groups.values())])
-    rows.append(["seeds", *(", ".join(str(f["config"]["seed"]) for f in group) for group in groups.values())])
-    table([f"accuracy in %{', ' + args.kind if kind else ''}{', ' + args.task if args.task else ''}", *groups], rows)
+        series = {name: [(i, sum(v) / len(v), min(v), max(v)) for i, size in enumerate(sizes)
+                         if (v := list(values(group, size)))] for name, group in columns.items()}
+        body = chart("accuracy in %", series, ticks=dict(enumerate(sizes)))
+        return write_file(args.plot, svg(480, 240, "accuracy by length", body))
+    rows = [[f"accuracy in %{kind}", *columns], ["---"] * (1 + len(columns))]
+    for size in sizes:
+        cells = [list(values(group, size)) for group in columns.values()]
+        rows.append([size, *(spread(cell) if cell else "–" for cell in cells)])
+    rows.append(["parameters", *(f"{group[0]['config']['parameters']:,}" for group in columns.values())])
+    rows.append(["seeds", *(", ".join(str(f["config"]["seed"]) for f in g) for g in columns.values())])
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
 if __name__ == "__main__":

@@ -255,20 +255,51 @@ def test_written_folder(data_dir):
 
 
 def test_foreign_folder_is_not_overwritten(tmp_path, haystack):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
-    with pytest.raises(ValueError, match="was not written by"):
-        babilong.write_data(tmp_path / "mine", ("qa1",), background=[str(haystack)], eval_stories=2)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "thesis.txt").write_text("do not delete")
+    with pytest.raises(ValueError, match="holds thesis.txt, which is not of"):
+        babilong.write_data(tmp_path, ("qa1",), background=[str(haystack)], eval_stories=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_published_stories_split_into_training_and_evaluation(tmp_path, haystack):
-    text = "".join(f"1 Mary went to the {p}.\n2 Where is Mary? \t{p}\t1\n" for p in babilong.PLACES * 5)
-    (tmp_path / "qa1_train.txt").write_text(text)
-    babilong.write_data(tmp_path / "data", ("qa1",), babi_dir=str(tmp_path), background=[str(haystack)])
+@pytest.mark.parametrize("kind", ["link", "dot", "again"])
+def test_any_folder_is_written_into(kind, tmp_path, haystack, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    for seed in (1, 2) if kind == "again" else (1,):
+        babilong.write_data("." if kind == "dot" else tmp_path / "link", ("qa1",), vocab_size=600,
+                            background=[str(haystack)], eval_stories=5, seed=seed)
+    assert (tmp_path / "link").is_symlink() and babilong.load_data(tmp_path / "real", 32)[2]["seed"] == seed
+
+
+def babi(count, first=0):
+    """`count` stories, each another one, in bAbI's format."""
+    return "".join(f"1 Mary went to the {babilong.PLACES[i % 6]}.\n2 John went to the {babilong.PLACES[i // 6]}.\n"
+                   f"3 Where is Mary? \t{babilong.PLACES[i % 6]}\t1\n" for i in range(first, first + count))
+
+
+@pytest.mark.parametrize("files, learned, asked", [
+    ({"train": babi(30)}, 27, 3), ({"train": babi(9)}, 8, 1), ({"train": babi(20), "test": babi(10, 20)}, 20, 10),
+    ({"train": babi(20), "test": babi(10, 15)}, 15, 10), ({"train": babi(20), "valid": babi(3), "test": babi(2, 25)}, 20, 2)])
+def test_published_stories_keep_their_part_and_nothing_asked_was_learned(files, learned, asked, tmp_path, haystack):
+    (tmp_path / "babi").mkdir()
+    for part, text in files.items():
+        (tmp_path / "babi" / f"qa1_one_{part}.txt").write_text("\ufeff" + text)
+    babilong.write_data(tmp_path / "data", ("qa1",), babi_dir=str(tmp_path / "babi"), background=[str(haystack)])
     train, held_out, meta = babilong.load_data(tmp_path / "data", 32)
-    assert (len(train.stories["qa1"]), len(held_out.stories["qa1"])) == (27, 3)
+    assert (len(train.stories["qa1"]), len(held_out.stories["qa1"])) == (learned, asked)
+    assert not set(map(str, train.stories["qa1"])) & set(map(str, held_out.stories["qa1"]))
     assert train.sample("qa1", 0, 0, segments=2, dense=True).question == "Where is Mary?"
+
+
+def test_the_whole_archive_is_refused_and_a_lone_story_too(tmp_path):
+    for folder in ("en", "en-10k", "shuffled"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "qa1_one_train.txt").write_text(babi(1))
+    with pytest.raises(ValueError, match=r"holds qa1 several times: name one of its folders \(en, en-10k, shuffled\)"):
+        babilong.find_babi(tmp_path, "qa1", "train")
+    with pytest.raises(ValueError, match="it takes two"):
+        babilong.find_babi(tmp_path / "en", "qa1", "test")
 
 
 def call(monkeypatch, *args):
@@ -298,21 +329,87 @@ def test_bad_flags_are_named_in_one_line(args, word, monkeypatch, capsys):
     assert e.value.code == 2 and word in line
 
 
-def test_nothing_is_half_written(tmp_path, haystack, monkeypatch):
-    """A disk that fills up while the last file is written leaves the old data, whole."""
-    babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    write = babilong.Path.write_text
+def test_a_half_written_folder_is_known_as_such(tmp_path, haystack, monkeypatch):
+    """A disk that fills up while the last file is written: the folder is refused until it is made good."""
+    common = dict(tasks=("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5)
+    babilong.write_data(tmp_path / "data", **common)
+    write = babilong.write_file
 
-    def full(path, *args, **kwargs):
+    def full(path, content):
         if path.name == "meta.json":
             raise OSError(28, "No space left on device")
-        return write(path, *args, **kwargs)
+        write(path, content)
 
-    monkeypatch.setattr(babilong.Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
-        babilong.write_data(tmp_path / "data", ("qa1",), background=[str(haystack)], vocab_size=600, seed=2)
-    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(babilong, "write_file", full)
+        with pytest.raises(OSError, match="No space"):
+            babilong.write_data(tmp_path / "data", seed=2, **common)
+    with pytest.raises(ValueError, match="run prepare_babilong.py again"):
+        babilong.load_data(tmp_path / "data", 32)
+    babilong.write_data(tmp_path / "data", **common)
+    assert babilong.load_data(tmp_path / "data", 32)
+
+
+def test_files_are_written_where_links_point_to_with_their_mode(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    babilong.write_file(link, "new")
+    assert link.is_symlink() and target.read_text() == "new" and target.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    babilong.write_file(pipe, b"through")
+    assert os.read(reader, 99) == b"through" and pipe.is_fifo() and not list(tmp_path.glob("*.tmp"))
+    os.close(reader)
+
+
+@pytest.mark.parametrize("pattern", [babilong.PATTERN, babilong.LLAMA_PATTERN])
+@pytest.mark.parametrize("text", ["a" + " " * 1_500_000, "a" + "\t" * 1_500_000, " " * 3000 + "b", "Mary  went.\n\n to"])
+def test_white_space_without_end_is_read(pattern, text, encoding):
+    other = babilong.make_encoding(encoding._mergeable_ranks, pattern)
+    tokens = babilong.encode(other, text)
+    assert other.decode(tokens) == text
+    if len(text) < 1000:
+        assert tokens == other.encode_ordinary(text)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves self.server.pages, {path: (status, body, length that the header says)}."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        status, body, length = self.server.pages[self.path.split("/")[-2]]
+        self.send_response(status)
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_published_samples_are_fetched_once_whole_or_not_at_all(tmp_path):
+    record = [{"input": "Mary went to the office.", "question": "Where is Mary?", "target": " office "}]
+    good = json.dumps(record).encode()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.pages = [], {"qa1": (200, good, None), "qa2": (404, b"", None), "qa3": (200, b"<html>", None),
+                                      "qa4": (200, good, len(good) + 9), "qa5": (200, b"[]", None)}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_port}"
+    for _ in range(2):
+        babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub=hub)
+    assert server.asked == ["/datasets/RMT-team/babilong/resolve/main/data/qa1/0k.json"]
+    for task in ("qa2", "qa3", "qa4", "qa5"):
+        with pytest.raises(ValueError, match=f"{task}/0k.json is not to be had"):
+            babilong.fetch_babilong(tmp_path, [task], ["0k"], hub=hub)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0k.json"]
+    server.shutdown()
+    published = babilong.Published(babilong.Babilong(babilong.make_encoding({bytes([b]): b for b in range(256)}), None, ["x" * 99], 128), tmp_path)
+    assert published.sample("qa1", 0, 0, "0k").target == "office"
+    (tmp_path / "qa1" / "0k.json").write_text(json.dumps([{**record[0], "target": "cellar"}]))
+    with pytest.raises(ValueError, match="'cellar' is no answer to a question of qa1"):
+        babilong.Published(published, tmp_path).read("qa1", "0k")
 
 
 # ----------------------------------------------------------------------------- tokens
@@ -376,7 +473,7 @@ def test_tokenizer_that_cannot_be_fetched_is_one_clear_line(tmp_path):
     done = subprocess.run([sys.executable, str(Path(babilong.__file__)), "--tokenizer=o200k_base", f"--data_dir={tmp_path / 'data'}", "--tasks=qa1"],
                           capture_output=True, text=True, env=env)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("prepare_babilong.py: error: tiktoken could not fetch o200k_base")
-    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+    assert "Traceback" not in done.stderr and not (tmp_path / "data" / "meta.json").exists()
 
 
 def test_tokenizer_file_round_trip_and_damage(encoding):
