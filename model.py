@@ -218,7 +218,7 @@ class Memory(nn.Module):
             g_forget = torch.sigmoid(c_forget + self.u_forget(m))  # (B, P, C)
             # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t
             new = g_in * c_new + g_forget * old  # (B, P, C)
-            row = old + claim * (new - old)  # (B, P, C)
+            row = torch.lerp(old, new, claim)  # (B, P, C), new as far as it is claimed
             M = torch.cat((M[:, :-P], row), dim=1).gather(1, source)  # (B, N, C)
         return torch.stack(banks, dim=1), M, log_odds
 
@@ -386,7 +386,8 @@ class LM2(nn.Module):
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
                 beyond = (odds[0].abs() - 6.0).clamp(min=0)  # (L, B, S, J)
-                loss = loss + 0.05 * beyond.square().mean(dim=(1, 2, 3)).sum() * weights.sum()
+                pull = 0.05 * beyond.square().mean(dim=(2, 3)).sum(dim=0)  # (B,)
+                loss = loss + (pull * weights.sum(dim=1)).sum()  # a text counts as in the loss
         return x, loss, memory
 
     @torch.no_grad()
@@ -515,7 +516,11 @@ def load_llama(folder, **overrides):
     of LM2Config; a memory of memory_slots is grafted on so that the logits stay as they were; a
     smaller vocab_size keeps the first tokens. ValueError: files that do not fit each other.
     """
-    model = build(LM2Config(**{**llama_config(folder), "memory_slots": 0, **overrides}))
+    theirs = llama_config(folder)
+    model = build(LM2Config(**{**theirs, "memory_slots": 0, **overrides}))
+    if model.config.vocab_size > theirs["vocab_size"]:
+        raise ValueError(f"{folder} has {theirs['vocab_size']} tokens, the text "
+                         f"{model.config.vocab_size}: prepare the data with its tokenizer")
     for block in model.blocks:
         if block.memory is not None:
             block.memory.wv.weight.zero_()  # (1)  V = 0: nothing is read until it is learned
@@ -525,8 +530,8 @@ def load_llama(folder, **overrides):
         for path in sorted(Path(folder).glob("*.safetensors")):
             name = "its header"
             for name, weight in read_safetensors(path):
-                for theirs, here in NAMES.items():
-                    name = name.replace(theirs, here)
+                for part, here in NAMES.items():
+                    name = name.replace(part, here)
                 if name == "head.weight" and model.config.tie_embeddings:
                     name = "embed.weight"  # tied: some files have the one, some the other
                 if name in ("embed.weight", "head.weight"):

@@ -1,10 +1,13 @@
 """The simulator against the rules of the published bAbI tasks, and the samples made from its stories."""
 import base64
+import http.server
+import json
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from pathlib import Path
