@@ -79,10 +79,11 @@ class LM2Config:
             self.memory_type, self.memory_slots = "none", 0
         self.n_kv_head = self.n_kv_head or self.n_head
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 48) * 16
-        for name, unit in (("n_embd", 2 * self.n_head), ("n_head", self.n_kv_head),
-                           ("block_size", self.chunk_size)):
-            if getattr(self, name) % unit:
-                raise ValueError(f"{name} must be a multiple of {unit}, not {getattr(self, name)}")
+        for name, of, unit in (("n_embd", "2 x n_head", 2 * self.n_head),
+                               ("n_head", "n_kv_head", self.n_kv_head),
+                               ("block_size", "chunk_size", self.chunk_size)):
+            if (value := getattr(self, name)) % unit:
+                raise ValueError(f"{name} must be a multiple of {of} = {unit}, not {value}")
 
 
 def rms_norm(x, eps=1e-5):
