@@ -198,20 +198,24 @@ class Memory(nn.Module):
         # the last one of the text slot N - 1; if there are more than N, the last ones of the text
         N, J = M.size(1), claim.size(2)
         order = (written * J + torch.arange(J, device=h.device)).argsort(dim=2)[..., -N:]
-        P = order.size(2)
         c = c.gather(2, order[..., None].expand(-1, -1, -1, c.size(3)))  # (B, S, P, C)
         claim = claim.gather(2, order)[..., None]  # (B, S, P, 1)
-        # the n rows written then move from the end to the front, where the last of the text is slot 0
+        # the n rows written then move from the end to the front: the last of the text is slot 0
         i, n = torch.arange(N, device=h.device), written.sum(dim=2, keepdim=True)
         source = torch.where(i < n, N - 1 - i, i - n)[..., None].expand(-1, -1, -1, M.size(2))
-        # all that is sequential: the bank passes through the segments
-        by_segment = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh(), claim, source
-        banks = []
+        c_in, c_forget, c_new = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh()
+        banks, M = self.carry(M, c_in, c_forget, c_new, claim, source)
+        return banks, M, log_odds
+
+    @torch.compiler.disable  # one graph before it and one after, rather than one for each S
+    def carry(self, M, *by_segment):
+        """All that is sequential: M (B, N, C) through S segments. Returns the banks as write's."""
+        banks, N, P = [], M.size(1), by_segment[0].size(2)
         for c_in, c_forget, c_new, claim, source in zip(*(x.unbind(1) for x in by_segment)):
             if self.bptt_segments and banks and len(banks) % self.bptt_segments == 0:
                 M = M.detach()
             banks.append(M)
-            old = M[:, -P:]  # (B, P, C)
+            rest, old = M.split((N - P, P), dim=1)  # (B, N - P, C), (B, P, C)
             m = rms_norm(old, 1e-20)  # tiny eps: a faded slot still counts
             # (4)  g_in = sigmoid(E_t W_in)
             g_in = torch.sigmoid(c_in + self.u_in(m))  # (B, P, C)
@@ -220,8 +224,8 @@ class Memory(nn.Module):
             # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t
             new = g_in * c_new + g_forget * old  # (B, P, C)
             row = torch.lerp(old, new, claim)  # (B, P, C), new as far as it is claimed
-            M = torch.cat((M[:, :-P], row), dim=1).gather(1, source)  # (B, N, C)
-        return torch.stack(banks, dim=1), M, log_odds
+            M = torch.cat((rest, row), dim=1).gather(1, source)  # (B, N, C)
+        return torch.stack(banks, dim=1), M
 
     def attention(self, q, m, attn):
         """A (B*S, H, T, N): queries q (B*S, H, T, D) of `attn`, normalised slots m (B, S, N, C)."""
@@ -379,10 +383,11 @@ class LM2(nn.Module):
         if targets is not None:
             if weights is None:
                 weights = (targets != -1) / (targets != -1).sum().clamp(min=1)
+            loss = 0.0
             # in pieces: one array of all the logits would be slow, and the largest of all
-            pieces = zip(*(t.flatten(0, 1).split(1024) for t in (x, targets, weights)))
-            loss = sum((F.cross_entropy(self.head(s), t, ignore_index=-1, reduction="none") * w).sum()
-                       for s, t, w in pieces)
+            for s, t, w in zip(*(y.flatten(0, 1).split(1024) for y in (x, targets, weights))):
+                nll = F.cross_entropy(self.head(s), t, ignore_index=-1, reduction="none")
+                loss = loss + (nll * w).sum()
             if self.training and odds[0] is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
@@ -542,7 +547,7 @@ def load_llama(folder, **overrides):
                         raise ValueError(f"of shape {list(weight.shape)}")
                     ours[name].copy_(weight)
                     missing.discard(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
         raise ValueError(f"{path} is damaged, or not of config.json: {name}, {e}") from None
     if missing:
         raise ValueError(f"the .safetensors files in {folder} lack {min(missing)}")

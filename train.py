@@ -581,6 +581,7 @@ def main(args, checkpoint):
     for name, weight in model.named_parameters():
         weight.requires_grad_("memory" in name or not args.freeze_decoder)
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.config.recompile_limit = 64  # batches of one text, or segment, are special
         for block in model.blocks:
             block.compile(dynamic=True)  # in place: checkpoints keep their names
     if not args.eval_only:

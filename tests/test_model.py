@@ -347,7 +347,7 @@ def test_llamas_that_lie_are_refused_in_one_line(file, old, new, tmp_path):
 
 @pytest.mark.parametrize("n, bad, of", [("n_embd", 9, 8), ("n_head", 1, 2), ("block_size", 7, 2)])
 def test_bad_config_is_one_clear_sentence(n, bad, of):
-    with pytest.raises(ValueError, match=f"^{n} must be a multiple of {of}, not {bad}$"):
+    with pytest.raises(ValueError, match=f"^{n} must be a multiple of .* = {of}, not {bad}$"):
         LM2Config(**{**SMALL, n: bad})
 
 def test_the_papers_size():
