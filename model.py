@@ -3,10 +3,9 @@ LM2, a Large Memory Model: a Llama-style decoder with a bank of memory slots tha
 cross-attention and that LSTM-style gates update. The whole model is in this file.
 
 References:
-1) LM2: Kang et al. 2025, https://arxiv.org/abs/2502.06049, whose equations are numbered (1) to (6)
+1) LM2: Kang et al. 2025, https://arxiv.org/abs/2502.06049, equations (1) to (6)
 2) Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, the decoder
 3) RMT: Bulatov et al. 2022, https://arxiv.org/abs/2207.06881, the baseline at the end
-4) Relational memory core: Santoro et al. 2018, https://arxiv.org/abs/1806.01822, LM2's gates
 
 Shapes, one letter one meaning, in every file:
     B batch     S segments of a text     T tokens of a segment (block_size)     V vocabulary
@@ -299,9 +298,8 @@ class LM2(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rope_table(c, torch.arange(c.block_size))
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rope_table(c, torch.arange(c.block_size))):
+            self.register_buffer(name, table, persistent=False)  # (T, D)
         self.init_weights()
 
     @torch.no_grad()
@@ -344,7 +342,7 @@ class LM2(nn.Module):
 
     def segments(self, x, memory):
         """
-        Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S, T, C),
+        Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S*T, C),
         the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
         """
         rope, written = (self.cos[: x.size(2)], self.sin[: x.size(2)]), []
@@ -357,7 +355,7 @@ class LM2(nn.Module):
             if log_odds is not None:
                 written.append((M, log_odds))
         memory, log_odds = map(torch.stack, zip(*written)) if written else (memory, None)
-        return self.norm(x), memory, log_odds
+        return self.norm(x).flatten(1, 2), memory, log_odds
 
     def forward(self, idx, targets=None, memory=None, weights=None):
         """
@@ -366,20 +364,16 @@ class LM2(nn.Module):
         float, of each target in the loss, one over their number by default. Returns states
         (B, n, C), which `head` makes logits of, loss (scalar; None without targets) and memory.
         """
-        T, S, loss = self.config.block_size, idx.size(1) // self.config.block_size, None
-        memory = self.initial_memory(idx.size(0)) if memory is None else memory
-        if memory.size(1) != idx.size(0):
-            raise ValueError(f"a memory of {memory.size(1)} texts does not fit {idx.size(0)} texts")
-        x = self.embed(idx)  # (B, n, C)
-        # all the full segments, then the rest
-        parts = x[:, : S * T].unflatten(1, (S, T)), x[:, None, S * T :]  # (B, S, T, C)
-        states, odds = [], []
-        for part in parts:
-            if part.numel():
-                x, memory, log_odds = self.segments(part, memory)
-                states.append(x.flatten(1, 2))
-                odds.append(log_odds)
-        x = torch.cat(states, dim=1)  # (B, n, C)
+        B, T, full = idx.size(0), self.config.block_size, idx.size(1) // self.config.block_size
+        memory = self.initial_memory(B) if memory is None else memory
+        if memory.size(1) != B:
+            raise ValueError(f"a memory of {memory.size(1)} texts does not fit {B} texts")
+        x, rest = self.embed(idx).tensor_split([full * T], dim=1)  # (B, S*T, C), (B, less, C)
+        log_odds = loss = None
+        if full:
+            x, memory, log_odds = self.segments(x.unflatten(1, (full, T)), memory)
+        if rest.numel():
+            x = torch.cat((x, self.segments(rest[:, None], memory)[0]), dim=1)  # (B, n, C)
         if targets is not None:
             if weights is None:
                 weights = (targets != -1) / (targets != -1).sum().clamp(min=1)
@@ -388,10 +382,10 @@ class LM2(nn.Module):
             for s, t, w in zip(*(y.flatten(0, 1).split(1024) for y in (x, targets, weights))):
                 nll = F.cross_entropy(self.head(s), t, ignore_index=-1, reduction="none")
                 loss = loss + (nll * w).sum()
-            if self.training and odds[0] is not None:
+            if self.training and log_odds is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
-                beyond = (odds[0].abs() - 6.0).clamp(min=0)  # (L, B, S, J)
+                beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
                 pull = 0.05 * beyond.square().mean(dim=(2, 3)).sum(dim=0)  # (B,)
                 loss = loss + (pull * weights.sum(dim=1)).sum()  # a text counts as in the loss
         return x, loss, memory
@@ -458,10 +452,10 @@ class RMT(LM2):
             if self.config.bptt_segments and s and s % self.config.bptt_segments == 0:
                 memory = memory.detach()
             wrapped = torch.cat((memory[0], part, memory[0][:, : N * full]), dim=1)
-            states, _, _ = super().segments(wrapped[:, None], memory)  # (B, 1, N + T + N, C)
-            memory = states[:, 0, -N:][None].type_as(memory) if full else memory
-            xs.append(states[:, 0, N : N + x.size(2)])
-        return torch.stack(xs, dim=1), memory, None
+            states, _, _ = super().segments(wrapped[:, None], memory)  # (B, N + T + N, C)
+            memory = states[None, :, -N:].type_as(memory) if full else memory
+            xs.append(states[:, N : N + x.size(2)])
+        return torch.cat(xs, dim=1), memory, None
 
 
 def build(config):
@@ -477,6 +471,7 @@ NAMES = {"model.": "", "embed_tokens": "embed", "layers": "blocks", "self_attn":
          "up_proj": "w3", "down_proj": "w2", "input_layernorm": "norm1",
          "post_attention_layernorm": "norm2", "lm_head": "head"}
 SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def llama_config(folder):
@@ -486,8 +481,8 @@ def llama_config(folder):
         c = json.loads(path.read_text(encoding="utf-8"))
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        is_llama = c["model_type"] == "llama" and c.get("hidden_act", "silu") == "silu"
-        if not is_llama or kind not in ("default", "llama3"):
+        known = c["model_type"], c.get("hidden_act", "silu"), kind in ("default", "llama3")
+        if known != ("llama", "silu", True):
             raise ValueError("another model_type, hidden_act or rope_type")
         return {"n_embd": int(c["hidden_size"]), "n_layer": int(c["num_hidden_layers"]),
                 "n_head": int(c["num_attention_heads"]), "vocab_size": int(c["vocab_size"]),
@@ -502,20 +497,15 @@ def llama_config(folder):
 
 
 def read_safetensors(path):
-    """Yields (name, tensor) of a .safetensors file, one in memory at a time."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with open(path, "rb") as f:
-        start = 8 + int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(min(start - 8, 10**8)))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                a, b = entry["data_offsets"]
-                f.seek(start + a)
-                tensor = torch.frombuffer(bytearray(f.read(b - a)), dtype=dtypes[entry["dtype"]])
-                yield name, tensor.view(entry["shape"])
+    """The tensors of a .safetensors file, as {name: tensor}."""
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + data[:8].view(torch.int64).item()
+    header = json.loads(data[8:start].numpy().tobytes())
+    header.pop("__metadata__", None)
+    return {name: data[slice(*(start + at for at in entry["data_offsets"]))].clone()
+            .view(DTYPES[entry["dtype"]]).view(entry["shape"]) for name, entry in header.items()}
 
 
-@torch.no_grad()
 def load_llama(folder, **overrides):
     """
     The decoder of the Llama in a folder (config.json, .safetensors), in float32. overrides: fields
@@ -524,31 +514,27 @@ def load_llama(folder, **overrides):
     """
     theirs = llama_config(folder)
     model = build(LM2Config(**{**theirs, "memory_slots": 0, **overrides}))
-    if model.config.vocab_size > theirs["vocab_size"]:
-        raise ValueError(f"{folder} has {theirs['vocab_size']} tokens, the text "
-                         f"{model.config.vocab_size}: prepare the data with its tokenizer")
-    for block in model.blocks:
-        if block.memory is not None:
-            block.memory.wv.weight.zero_()  # (1)  V = 0: nothing is read until it is learned
-    ours = {n: p for n, p in model.named_parameters() if "memory" not in n}
-    missing = set(ours)
+    V, weights = model.config.vocab_size, {}
+    if V > theirs["vocab_size"]:
+        raise ValueError(f"{folder} has {theirs['vocab_size']} tokens, the text {V}: prepare the "
+                         "data with its tokenizer")
     try:
         for path in sorted(Path(folder).glob("*.safetensors")):
-            name = "its header"
-            for name, weight in read_safetensors(path):
+            for name, weight in read_safetensors(path).items():
                 for part, here in NAMES.items():
                     name = name.replace(part, here)
-                if name == "head.weight" and model.config.tie_embeddings:
-                    name = "embed.weight"  # tied: some files have the one, some the other
-                if name in ("embed.weight", "head.weight"):
-                    weight = weight[: model.config.vocab_size]  # the last tokens are special ones
-                if not name.endswith("inv_freq"):
-                    if weight.shape != ours[name].shape:
-                        raise ValueError(f"of shape {list(weight.shape)}")
-                    ours[name].copy_(weight)
-                    missing.discard(name)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError) as e:
-        raise ValueError(f"{path} is damaged, or not of config.json: {name}, {e}") from None
-    if missing:
-        raise ValueError(f"the .safetensors files in {folder} lack {min(missing)}")
+                weights[name] = weight[:V] if name in ("embed.weight", "head.weight") else weight
+        if theirs["tie_embeddings"]:  # some files have the one, some the other
+            tied = weights.get("embed.weight", weights.get("head.weight"))
+            weights["embed.weight"] = weights["head.weight"] = tied
+        own = {n: p for n, p in model.state_dict().items() if "memory" in n}
+        weights = {n: w for n, w in weights.items() if not n.endswith("inv_freq")}
+        model.load_state_dict({**weights, **own})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{folder}: .safetensors files that are damaged, or not of config.json: "
+                         f"{' '.join(str(e).split())[:200]}") from None
+    for block in model.blocks:
+        if block.memory is not None:
+            # (1)  V = 0: nothing is read until it is learned
+            nn.init.zeros_(block.memory.wv.weight)
     return model

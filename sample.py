@@ -62,7 +62,7 @@ class Reader:
         idx = torch.cat((tail, torch.tensor([tokens]).to(tail)), dim=1)  # (1, t + n)
         for part in idx.split(c.block_size, dim=1) if tokens else ():
             states, memory, log_odds = self.model.segments(self.model.embed(part)[:, None], memory)
-            self.logits = self.model.head(states[:, 0, -1])  # (1, V)
+            self.logits = self.model.head(states[:, -1])  # (1, V)
             self.state, self.last = (memory, part[:, : part.size(1) % c.block_size]), part
             for n in self.layers if log_odds is not None else ():
                 written = part.view(-1, c.chunk_size)[log_odds[n - 1, 0, 0] > 0]  # (j, w)
