@@ -15,12 +15,12 @@ Shapes, one letter one meaning, in every file:
 Self-attention sees one segment. What lies further back is known from the memory alone, which goes
 in and comes out of every call:  states, loss, memory = model(idx, targets, memory)
 
-HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here:
-  * The bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens.
-    Each is pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot.
-  * A chunk whose claim is above 1/2 is written: pushed in at the front, through the gates, over the
-    row that falls off the end. Everything else stays as it is, for any number of segments.
-  * Tokens read the bank as it was before their segment: no token sees a later one.
+HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
+the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
+pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
+claim is above 1/2 is written: pushed in at the front, through the gates, over the row that falls
+off the end. Everything else stays as it is, for any number of segments. Tokens read the bank as it
+was before their segment: no token sees a later one.
 Why chunks: tokens that pick their slot by content all pick the same one, and two facts are averaged
 before anything has learned to keep them apart. Why a queue: a slot's age is its index, so a read
 can prefer the later of two facts. Other rules are in tests/variants.py, measured in the README.
@@ -116,8 +116,8 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
         self.head_dim, self.qk_norm = D, config.qk_norm
-        # normalised q and k give logits within sqrt(D): twice that lets a head point at one key
-        self.scale = (2.0 if config.qk_norm else 1.0) / math.sqrt(D)
+        # twice for normalised q and k, so that a head can point at one key
+        self.scale = (1 + config.qk_norm) / math.sqrt(D)
         self.wq = nn.Linear(C, C, bias=False)
         self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)
@@ -162,9 +162,9 @@ class Memory(nn.Module):
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V
-        self.w_out = nn.Linear(C, C, bias=False)  # W_out
-        self.w_in, self.u_in = (nn.Linear(C, C, bias=False) for _ in range(2))  # W_in, U_in
-        self.w_forget, self.u_forget = (nn.Linear(C, C, bias=False) for _ in range(2))  # ..._forget
+        self.w_out = nn.Linear(C, C, bias=False)
+        self.w_in, self.u_in = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
+        self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.salience = nn.Parameter(torch.empty(C))  # w_sal, starts at zero
         # slot i lies i chunks before the segment, in a text of what was written; at most T before
@@ -307,13 +307,13 @@ class LM2(nn.Module):
         """Sets every parameter, the decoder's first: one seed gives all types one decoder."""
         if self.embed.weight.is_meta:
             return  # somebody counts parameters
-        g = torch.Generator().manual_seed(torch.initial_seed())
+        tied, g = self.config.tie_embeddings, torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device
             weight.copy_(torch.randn(weight.shape, generator=g) * std)
 
-        normal(self.embed.weight, 0.02 if self.config.tie_embeddings else 1.0)
-        if not self.config.tie_embeddings:
+        normal(self.embed.weight, 0.02 if tied else 1.0)
+        if not tied:
             self.head.weight.zero_()
         for name, module in sorted(self.named_modules(), key=lambda named: "memory" in named[0]):
             if isinstance(module, nn.Linear) and name != "head":
@@ -322,7 +322,7 @@ class LM2(nn.Module):
             if block.shift is not None:
                 block.shift.fill_(0.5)
             if block.memory is not None:
-                block.memory.w_cand.weight.copy_(torch.eye(self.config.n_embd))
+                nn.init.eye_(block.memory.w_cand.weight)
                 block.memory.salience.zero_()  # all tokens alike
 
     def num_params(self, memory=True):
