@@ -234,7 +234,7 @@ class Memory(nn.Module):
         # (1)  A = softmax(Q K^T / sqrt(d)), optionally of the top k slots
         scores = q @ k.mT * attn.scale + self.recency  # (B*S, H, T, N)
         if self.top_k:
-            least = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            least = scores.topk(min(self.top_k, scores.size(-1)), dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < least, -math.inf)
         return scores.softmax(dim=-1).type_as(q)
 

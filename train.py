@@ -74,7 +74,7 @@ def get_parser():
     flag("babilong_dir", None, "evaluate on BABILong's samples of prepare_babilong.py --source=hub")
     flag("background", None, "evaluate in these text files or folders, by commas", several(str))
     group("data")
-    flag("data_dir", "data/babilong", "folder of prepare_babilong.py; a new run makes it if missing")
+    flag("data_dir", "data/babilong", "folder of prepare_babilong.py; a new run makes it")
     flag("data", None, "train on this text, or on a folder's *.txt files, instead of stories; the "
          "last tenth is held out. data_dir gives the tokenizer")
     flag("tasks", "qa1", "bAbI tasks, like qa1,qa2, or all", babilong.parse_tasks)
@@ -109,11 +109,12 @@ def get_parser():
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
-    flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, by stage", several(positive))
+    flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
+         several(positive))
     flag("stage_accuracy", 0.94, "running accuracy that ends a stage", share)
     flag("stage_iters", 0, "steps that end a stage at the latest; 0: no limit", count)
     flag("bptt_segments", 0, "cut the gradient after so many segments; 0: never", count)
-    flag("activation_checkpointing", False, "compute blocks twice rather than keep what they computed")
+    flag("activation_checkpointing", False, "compute blocks twice, to save memory")
     return parser
 
 
@@ -301,7 +302,7 @@ def shares(rows):
 
 @torch.no_grad()
 def perplexity(model, data, segments):
-    """exp of the mean loss over data's own text, each document cut into texts of so many segments."""
+    """exp of the mean loss over data's documents, cut into texts of so many segments, or None."""
     size, device = segments * model.config.block_size, model.embed.weight.device
     texts = [d[: len(d) // size * size] for d in data.documents]
     tokens = torch.from_numpy(np.concatenate(texts)).view(-1, size).to(device)
@@ -388,8 +389,8 @@ def get_batch(data, args, it, segments, noise):
     there is none; answer and first (B, n) bool: targets that belong to an answer, that begin one.
     """
     B, tasks = args.batch_size // segments, args.tasks or [None]
-    samples = [data.sample(tasks[(it * B + i) % len(tasks)], args.seed, f"{it}.{i}",
-                           segments=segments, dense=True, noise=noise) for i in range(RANK, B, WORLD)]
+    samples = [data.sample(tasks[(it * B + i) % len(tasks)], args.seed, f"{it}.{i}", dense=True,
+                           segments=segments, noise=noise) for i in range(RANK, B, WORLD)]
     idx = np.stack([s.tokens for s in samples])
     targets = np.pad(idx[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     targets[targets == data.newline] = -1
@@ -403,14 +404,15 @@ def get_batch(data, args, it, segments, noise):
 
 
 def train(args, checkpoint, model, training, held_out, meta, amp):
-    """The loop. Returns True at its end, False if a signal stopped it, with a checkpoint written."""
+    """The loop. Returns True at its end, False after a signal, with a checkpoint written."""
     device, optimizers = model.embed.weight.device, make_optimizers(model, args)
     # stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments; text
     # has no answers that could tell when to go on
     stages, it, began, running = [1] + args.curriculum, 0, 0, 0.0
     stage = len(stages) - 1 if args.data else 0
     if checkpoint:
-        it, stage, began, running = (checkpoint[n] for n in ("iter_num", "stage", "began", "running"))
+        it, stage = checkpoint["iter_num"], checkpoint["stage"]
+        began, running = checkpoint["began"], checkpoint["running"]
         torch.set_rng_state(checkpoint["rng"])
         if len(checkpoint["optimizers"]) != len(optimizers):
             raise ValueError("--muon_lr cannot become zero, or more than zero, in the same run")
@@ -496,13 +498,15 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
         late = args.stage_iters and it - began >= args.stage_iters
         if (running > args.stage_accuracy or late) and stage < len(stages) - 1:
             stage, began, running = stage + 1, it, 0.0
-            say(f": stage {stage} of {len(stages) - 1}, up to {stages[stage]} segments", stage=stage)
+            say(f": stage {stage} of {len(stages) - 1}, up to {stages[stage]} segments",
+                stage=stage)
         if it % args.log_interval == 0:
             now = time.perf_counter()
             entry = {"segments": segments, "loss": losses, "accuracy": accuracy, "norm": norm,
                      "lr": args.learning_rate * schedule, "tokens_per_second": seen / (now - clock)}
-            say(" | segments {segments:2d} | loss {loss:6.3f} | answers {accuracy:6.1%} | "
-                "norm {norm:5.2f} | lr {lr:.1e} | {tokens_per_second:6.0f} tok/s".format(**entry), **entry)
+            text = (" | segments {segments:2d} | loss {loss:6.3f} | answers {accuracy:6.1%} | norm "
+                    "{norm:5.2f} | lr {lr:.1e} | {tokens_per_second:6.0f} tok/s")
+            say(text.format(**entry), **entry)
             clock, seen = now, 0
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             model.eval()
@@ -540,8 +544,8 @@ def get_data(args, checkpoint):
                               for part in ((0, 0.9), (0.9, 1)))
         meta = {"hash": training.digest(), "seed": 0}
     if checkpoint and checkpoint["data"] != meta["hash"]:
-        raise ValueError(f"{args.data or args.data_dir} (hash {meta['hash']}) is not what the model "
-                         f"in {args.out_dir} learned from (hash {checkpoint['data']})")
+        raise ValueError(f"{args.data or args.data_dir} (hash {meta['hash']}) is not what the "
+                         f"model in {args.out_dir} learned from (hash {checkpoint['data']})")
     evaluated = held_out
     if args.babilong_dir:
         evaluated = babilong.Published(held_out, args.babilong_dir)
@@ -588,9 +592,9 @@ def main(args, checkpoint):
         if RANK == 0:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
             c, n = model.config, f"{model.num_params():,} parameters"
-            print(f"{n} ({model.num_params(memory=False):,} without memory), memory {c.memory_type} "
-                  f"with {c.memory_slots} slots, segments of {c.block_size} tokens, {device}, "
-                  f"data {meta['hash']}", flush=True)
+            print(f"{n} ({model.num_params(memory=False):,} without memory), memory "
+                  f"{c.memory_type} with {c.memory_slots} slots, segments of {c.block_size}, "
+                  f"{device}, data {meta['hash']}", flush=True)
         if not train(args, checkpoint, model, training, held_out, meta, amp):
             if RANK == 0:
                 print(f"stopped; --init_from=resume --out_dir={args.out_dir} goes on")
