@@ -527,6 +527,19 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
     return not stop
 
 
+def compile_blocks(model, must):
+    """Compiles the blocks in place: checkpoints keep their names. ValueError: must, but cannot."""
+    try:
+        torch.compile(torch.neg)(model.norm.weight.detach())  # is there a compiler?
+    except RuntimeError as e:
+        if must:
+            raise ValueError(f"--compile=on does not work here ({first_line(e)})") from None
+        return print(f"torch.compile does not work here, so without ({first_line(e)})")
+    torch._dynamo.config.recompile_limit = 64  # batches of one text, or segment, are special
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
 def get_data(args, checkpoint):
     """Training, held-out and evaluated data, and meta. ValueError, OSError: they cannot be used."""
     if RANK == 0 and not checkpoint and not Path(args.data_dir, "meta.json").exists():
@@ -585,9 +598,7 @@ def main(args, checkpoint):
     for name, weight in model.named_parameters():
         weight.requires_grad_("memory" in name or not args.freeze_decoder)
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        torch._dynamo.config.recompile_limit = 64  # batches of one text, or segment, are special
-        for block in model.blocks:
-            block.compile(dynamic=True)  # in place: checkpoints keep their names
+        compile_blocks(model, must=args.compile == "on")
     if not args.eval_only:
         if RANK == 0:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
