@@ -357,12 +357,13 @@ class LM2(nn.Module):
         memory, log_odds = map(torch.stack, zip(*written)) if written else (memory, None)
         return self.norm(x).flatten(1, 2), memory, log_odds
 
-    def forward(self, idx, targets=None, memory=None, weights=None):
+    def forward(self, idx, targets=None, memory=None, weights=None, claim_price=0.0):
         """
         idx (B, n) int64, any number of segments, the last one perhaps not full; targets (B, n)
         int64, -1 where there is none; memory as of initial_memory, the default; weights (B, n)
-        float, of each target in the loss, one over their number by default. Returns states
-        (B, n, C), which `head` makes logits of, loss (scalar; None without targets) and memory.
+        float, of each target in the loss, one over their number by default; claim_price: of a
+        claim of 1 in every chunk, in the loss. Returns states (B, n, C), which `head` makes logits
+        of, loss (scalar; None without targets) and memory.
         """
         B, T, full = idx.size(0), self.config.block_size, idx.size(1) // self.config.block_size
         memory = self.initial_memory(B) if memory is None else memory
@@ -385,9 +386,12 @@ class LM2(nn.Module):
             if self.training and log_odds is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
-                beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
-                pull = 0.05 * beyond.square().mean(dim=(2, 3)).sum(dim=0)  # (B,)
-                loss = loss + (pull * weights.sum(dim=1)).sum()  # a text counts as in the loss
+                pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
+                # a chunk written without need harms only texts longer than those of the training
+                cost = pull + claim_price * log_odds.sigmoid()  # (L, B, S, J)
+                # of a text the mean, of all blocks the sum; a text counts as its targets do
+                cost = cost.mean(dim=(2, 3)).sum(dim=0) * weights.sum(dim=1)  # (B,)
+                loss = loss + cost.sum()
         return x, loss, memory
 
     @torch.no_grad()
