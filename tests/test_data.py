@@ -1,13 +1,14 @@
 """The simulator against the rules of the published bAbI tasks; the files; the samples."""
 import base64
-import http.client
-import io
+import http.server
 import json
 import os
 import random
 import re
+import threading
 import unicodedata
 from collections import Counter, defaultdict
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -311,19 +312,35 @@ def test_files_are_written_where_links_point_to_with_their_mode(tmp_path):
     os.close(reader)
 
 
-def test_published_samples_are_fetched_once_whole_or_not_at_all(tmp_path, data, monkeypatch):
+class Hub(http.server.SimpleHTTPRequestHandler):
+    asked = []
+
+    def copyfile(self, source, outputfile):
+        self.asked.append(self.path)
+        content = source.read()
+        outputfile.write(content[:9] if "qa4" in self.path else content)  # the line breaks
+
+    def log_message(self, *args):
+        pass
+
+
+def test_published_samples_are_fetched_once_whole_or_not_at_all(tmp_path, data):
     record = {"input": "Mary went.", "question": "Where is Mary?", "target": " office "}
-    good = json.dumps([record]).encode()
-    urlopen = Mock(side_effect=[io.BytesIO(good), OSError("404"), io.BytesIO(b"<html>"),
-                                io.BytesIO(b"[]"), http.client.IncompleteRead(good)])
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    good = json.dumps([record])
+    root, where = tmp_path / "hub", "datasets/RMT-team/babilong/resolve/main/data"
+    for task, text in ("qa1", good), ("qa3", "<html>"), ("qa4", good), ("qa5", "[]"):
+        (root / where / task).mkdir(parents=True)
+        (root / where / task / "0k.json").write_text(text)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=root))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, tmp_path = f"http://127.0.0.1:{server.server_port}", tmp_path / "samples"
     for _ in range(2):
-        babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub="hub:")
-    (call,) = urlopen.call_args_list
-    assert call[0] == ("hub:/datasets/RMT-team/babilong/resolve/main/data/qa1/0k.json",)
+        babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub=hub)
+    assert Hub.asked == [f"/{where}/qa1/0k.json"]
     for task in "qa2", "qa3", "qa4", "qa5":
-        with pytest.raises(ValueError, match=f"{task}/0k.json"):
-            babilong.fetch_babilong(tmp_path, [task], ["0k"], hub="hub:")
+        with pytest.raises(ValueError, match=f"{task}/0k.json is not to be had"):
+            babilong.fetch_babilong(tmp_path, [task], ["0k"], hub=hub)
+    server.shutdown()
     (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
     sample = babilong.Published(data, tmp_path).sample("qa1", 0, 0, "0k")
     assert data.encoding.decode(sample.tokens).split() == "Mary went. Where is Mary?".split()
