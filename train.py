@@ -307,7 +307,7 @@ def perplexity(model, data, segments):
     size, device = segments * model.config.block_size, model.embed.weight.device
     texts = [d[: len(d) // size * size] for d in data.documents]
     tokens = torch.from_numpy(np.concatenate(texts)).view(-1, size).to(device)
-    if not len(tokens):
+    if size == 1 or not len(tokens):  # nothing to predict
         return None
     targets = F.pad(tokens[:, 1:], (0, 1), value=-1)
     losses = [model(i, t)[1].item() * len(i) for i, t in zip(tokens.split(16), targets.split(16))]
