@@ -51,7 +51,7 @@ def turn(v, position):
     return torch.cat((x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()))
 
 @torch.no_grad()
-@pytest.mark.parametrize("K, top_k, qk_norm", [(4, 0, 0), (2, 0, 1), (2, 2, 0), (1, 1, 1)])
+@pytest.mark.parametrize("K, top_k, qk_norm", [(4, 0, 0), (2, 9, 1), (2, 2, 0), (1, 1, 1)])
 def test_block_reads_by_equations_1_to_3(K, top_k, qk_norm):
     model, T, N = make(n_kv_head=K, memory_slots=6, memory_top_k=top_k, qk_norm=bool(qk_norm)), 7, 6
     block, attn, W = model.blocks[0], model.blocks[0].attn, model.blocks[0].memory
@@ -202,17 +202,19 @@ def test_loss_ignores_minus_one_and_weighs_the_rest():
     close(model(idx, targets)[1], -log_p[used].mean(), 1e-6)
     assert model(idx, torch.full_like(idx, -1))[1] == 0
 
-def test_in_training_log_odds_beyond_6_are_pulled_back():
+@pytest.mark.parametrize("price", [0.0, 0.3])
+def test_in_training_claims_have_a_price_and_log_odds_beyond_6_are_pulled_back(price):
     model, idx, weights = make(), tokens(2, 21), torch.rand(2, 21, dtype=torch.float64)
-    claims = torch.linspace(-12, 12, 16).double().view(2, 2, 4).requires_grad_()  # (B, S, J)
+    odds = torch.linspace(-12, 12, 16).double().view(2, 2, 4).requires_grad_()  # (B, S, J)
     for block in model.blocks:
         block.memory.wv.weight.data.zero_()  # so that nothing else depends on the claims
-        block.memory.candidates = lambda h: (h[:, :, ::2], claims)
-    none, loss = (model.train(mode)(idx, idx, weights=weights)[1] for mode in (False, True))
-    beyond = claims.detach() - claims.detach().clamp(-6, 6)
-    share = weights.sum(dim=1)[:, None, None]  # a text's in the loss; 8 chunks a text, 2 blocks
-    close(loss - none, (2 * 0.05 * beyond.square() / 8 * share).sum(), 1e-9)
-    close(torch.autograd.grad(loss, claims)[0], 2 * 0.1 * beyond / 8 * share, 1e-9)
+        block.memory.candidates = lambda h: (h[:, :, ::2], odds)
+    none, loss = (model.train(mode)(idx, idx, None, weights, price)[1] for mode in (False, True))
+    beyond, claim = odds.detach() - odds.detach().clamp(-6, 6), odds.detach().sigmoid()
+    share = 2 / 8 * weights.sum(dim=1)[:, None, None]  # 2 blocks, 8 chunks; a text's in the loss
+    close(loss - none, ((0.05 * beyond.square() + price * claim) * share).sum(), 1e-9)
+    slope = (0.1 * beyond + price * claim * (1 - claim)) * share
+    close(torch.autograd.grad(loss, odds)[0], slope, 1e-9)
 
 def test_claims_that_have_died_come_back():
     model, idx, claims = make(torch.float32).train(), tokens(4, 32), []
