@@ -109,11 +109,13 @@ class Reader:
         return {n: A[0].mean(dim=0).float().cpu() for n, A in self.A.items()}
 
     def show(self):
-        """Prints what the slots hold, and how much of its attention the last token gives them."""
+        """Prints what the slots hold, and which token of the last segment attends most to each."""
         for n, A in self.look(self.state[0]).items():
             print(f"block {n}: {len(self.queues[n])} of {A.size(1)} slots written in this session")
             for i, text in enumerate(self.queues[n]):
-                print(f"slot {i}: {label(text, 40)}  {A[-1, i]:.0%} of the last token's attention")
+                most, t = A[:, i].max(dim=0)
+                token = label(self.encoding.decode([self.last[0, t].item()]))
+                print(f"slot {i}: {label(text, 40)}, read most by {token}: {most:.0%}")
 
     def draw(self):
         """Figure 6 of the paper as SVG: the last segment's tokens down, a bank's slots across."""
