@@ -65,15 +65,17 @@ def test_question_and_answer_share_a_segment(reader, capsys):
         assert reader.encoding.decode(reader.last[0].tolist()).endswith(answered)
 
 
-def test_queues_name_what_was_written(reader, capsys):
+def test_queues_name_what_was_written_and_who_reads_it(reader, capsys, monkeypatch):
     reader.show_memory = True
     reader.read(STORY)
     lines = re.findall(r"^\[block 2: \d of 8 (.*)", capsys.readouterr().out, re.M)
     texts = re.findall(r"'[^']*'", "".join(lines))
     assert len(texts) > 4 and [sample.label(text) for text in reader.queues[2]] == texts[-4:][::-1]
+    known = 0.81 * torch.eye(reader.last.size(1), 4)  # token i looks at slot i
+    monkeypatch.setattr(reader, "look", lambda memory: {1: known, 2: known})
     reader.show()
-    shares = re.findall(r"slot \d: '.*'  (\d+)%", capsys.readouterr().out)
-    assert len(shares) == 8 and 196 <= sum(map(int, shares)) <= 204
+    by = re.findall(r"^slot \d: '.*', read most by ('.*'): 81%$", capsys.readouterr().out, re.M)
+    assert by == 2 * [sample.label(reader.encoding.decode([t])) for t in reader.last[0, :4].tolist()]
 
 
 def test_known_attention_is_drawn(reader, monkeypatch):
