@@ -265,7 +265,7 @@ def read_documents(path):
 
 
 def write_file(path, content):
-    """Writes text or bytes: a file whole or not at all, with its mode; links, pipes as they are."""
+    """Writes text or bytes: a file whole or not at all, its mode kept; through links and pipes."""
     path = Path(os.path.realpath(path))
     content = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
@@ -297,11 +297,11 @@ def read_babi(path):
             continue
         match = re.fullmatch(r"(\d+) ([^\t]+?) *(?:\t([^\t]+)\t([\d ]+))?", row)
         i, text, answer, support = match.groups() if match else ("0", None, None, None)
-        if i == "1":
+        if int(i) == 1:
             stories.append([])
         story, support = stories[-1] if stories else [], tuple(map(int, (support or "").split()))
-        if int(i) != len(story) + 1 or any(
-                not 0 < s < int(i) or story[s - 1].answer for s in support):
+        facts = [n for n, line in enumerate(story, 1) if line.answer is None]
+        if int(i) != len(story) + 1 or not set(support) <= set(facts):
             raise ValueError(f"{path}, line {number}: not 'ID text' or 'ID question<TAB>answer<TAB>"
                              "IDs of earlier statements', with IDs that count from 1")
         story.append(Line(text, answer, support))
@@ -313,8 +313,8 @@ def read_babi(path):
 
 def find_babi(folder, task, split=None):
     """
-    The stories of `task` in a folder's one file. split: "train" or "test", nine tenths of them or
-    the rest; or the file of that name, if there are both. Raises ValueError where it is not clear.
+    The stories of `task` in a folder: of its file for `split`, "train" or "test", if there are
+    both; else of its one file, of which split is the first nine tenths or the rest.
     """
     files = [p for p in sorted(Path(folder).rglob("qa*.txt")) if re.match(rf"{task}(_|\Z)", p.stem)]
     parts = {part: [p for p in files if p.stem.endswith(f"_{part}")] for part in ("train", "test")}
@@ -331,7 +331,7 @@ def find_babi(folder, task, split=None):
 
 
 def parse_records(text):
-    """The {"input", "question", "target"} of a list in JSON. Raises ValueError for another text."""
+    """A list of {"input", "question", "target"}, of JSON. Raises ValueError for another text."""
     names = "input", "question", "target"
     try:
         records = [{name: record[name].strip() for name in names} for record in json.loads(text)]
@@ -530,7 +530,7 @@ def score(task, question, target, output):
 
 
 def digest(content):
-    """A short hash of bytes."""
+    """The first 16 characters of a hash of bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -580,7 +580,7 @@ class Babilong:
         return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
 
     def guess(self, asked, task, n=2000):
-        """Accuracies in % without the story: of the commonest answer, and of that to the words."""
+        """Accuracies in % of the commonest answer, and of the commonest to the same question."""
         rng, counts = random.Random(task), defaultdict(Counter)
         learn, ask = ([data.story(task, rng)[-1] for _ in range(n)] for data in (self, asked))
         for line in learn:
@@ -594,9 +594,8 @@ class Babilong:
 
     def sample(self, task, seed, index, segments=None, length=None, dense=False, noise=True):
         """
-        Sample `index` of `task`, of `segments` segments or of a BABILong length, like "4k".
-        dense: with further questions, for training; noise=False: newlines as haystack.
-        Raises ValueError if no story fits.
+        Sample `index`, of `segments` segments or a BABILong length, like "4k". dense: with more
+        questions, to train on; noise=False: newlines as haystack. Raises ValueError: too short.
         """
         rng, T = random.Random(f"{seed}/{task}/{segments}/{length}/{index}"), self.block_size
         limit = segments * T // 5 if segments else math.inf  # a line has five tokens or more
@@ -630,27 +629,23 @@ class Babilong:
         sentences = self.noise(rng, budget, cost) if noise else []
         places = sorted(rng.choices(range(len(sentences) + 1), k=len(body)))
         tokens, facts, answers, done = [], {}, [], 0
-
-        def add(i, text, answer):
-            start = len(tokens) + len(text)
-            tokens.extend(text + answer)
-            if answer:
-                answers.append((start, len(tokens)))
-            else:
-                facts[i] = (start - len(text), start)
-
         for place, (i, text, answer) in zip(places, body):
             tokens += chain(*sentences[done:place])
             done = place
             if answer and len(tokens) % T + len(text + answer) > T:
                 tokens += [self.newline] * (-len(tokens) % T)
-            add(i, text, answer)
+            tokens += text + answer
+            if answer:
+                answers.append((len(tokens) - len(answer), len(tokens)))
+            else:
+                facts[i] = (len(tokens) - len(text), len(tokens))
         tokens += chain(*sentences[done:])
         gap = -(len(tokens) + size) % T if length else segments * T - len(tokens) - size
         more = noise and not length
         tokens += chain(*self.noise(rng, gap, self.ones)) if more else [self.newline] * gap
-        for line in end:
-            add(*line)
+        for _, text, answer in end:
+            tokens += text + answer
+            answers.append((len(tokens) - len(answer), len(tokens)))
         question, target, support = story[-1]
         return Sample(np.array(tokens + padding), answers, answers[-1][0],
                       question, target, facts, support)
@@ -702,7 +697,7 @@ class Published(Babilong):
         return digest(b"".join(p.read_bytes() for p in sorted(Path(self.folder).rglob("*.json"))))
 
     def sample(self, task, seed, index, length):
-        """Sample `index` of a file, with newlines before the question up to a border."""
+        """Sample `index` of a file. Newlines before the question fill the segments up."""
         record, T = self.read(task, length)[index], self.block_size
         text = "".join(" " + s for s in split_sentences(record["input"]))
         tokens, newline = encode(self.encoding, text), [self.newline]
@@ -718,7 +713,7 @@ class Published(Babilong):
 class Documents:
     """Plain text in place of stories; share: which part of every text, from and to."""
 
-    newline = -1  # is a token like any other here, and fills nothing up
+    newline = -1  # is a token to learn here, not what fills a sample up
 
     def __init__(self, encoding, texts, block_size, share=(0.0, 1.0)):
         self.encoding, self.block_size = encoding, block_size
@@ -735,7 +730,7 @@ class Documents:
         return digest(b"".join(document.tobytes() + b"|" for document in self.documents))
 
     def sample(self, task, seed, index, segments, **which):
-        """Sample `index`, `segments` segments of one document; its text ends at `prompt`."""
+        """Sample `index`, `segments` segments of one document; at `prompt` its text has ended."""
         rng, size = random.Random(f"{seed}/{segments}/{index}"), segments * self.block_size
         at = rng.randrange(self.ends[-1])
         i = bisect(self.ends, at)
@@ -778,8 +773,10 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
             seeds = [f"{seed}/eval/{task}/{i}" for i in range(eval_stories)]
             test = [simulate(task, random.Random(s)) for s in seeds]
         files[f"eval/{task}.txt"] = format_babi(task, test)
-    seen = files["train/background.txt"].splitlines()
-    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(seen, vocab_size)
+    if tokenizer:
+        encoding = find_tokenizer(tokenizer)
+    else:
+        encoding = train_tokenizer(files["train/background.txt"].splitlines(), vocab_size)
     files["tokenizer.json"] = dump_tokenizer(encoding)
     source = ",".join(background or [f"documentation of Python {sys.version.split()[0]}"])
     meta = {"hash": digest("".join(name + files[name] for name in sorted(files)).encode()),
@@ -805,8 +802,8 @@ def load_data(data_dir, block_size):
             sentences = read_text(split / "background.txt").splitlines()
             splits.append(Babilong(encoding, stories or None, sentences, block_size))
     except (OSError, KeyError, ValueError) as e:
-        message = f"{data_dir} cannot be used ({e}): run prepare_babilong.py again"
-        raise ValueError(message) from None
+        raise ValueError(
+            f"{data_dir} cannot be used ({e}): run prepare_babilong.py again") from None
     return *splits, meta
 
 
@@ -833,16 +830,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's; what a terminal or a pipe cannot show is shown as ?"""
+        # what a terminal or a pipe cannot show is shown as ?
         for stream in sys.stdout, sys.stderr:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_group(self, title):
         """The flags that follow are listed under this title."""
