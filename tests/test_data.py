@@ -1,5 +1,4 @@
 """The simulator against the rules of the published bAbI tasks; the files; the samples."""
-import argparse
 import base64
 import http.server
 import json
@@ -114,7 +113,7 @@ def test_answers_and_support_follow_from_the_text(task, stories):
 
 
 def test_qa5_answers_follow_from_the_support(stories):
-    kinds = Counter()
+    kinds = []
     for facts, (text, answer, (n,)) in questions(stories["qa5"]):
         _, (a, o, b) = parse(dict(facts)[n])
         assert [h for h in read(facts)[1][o] if h[1] == "give"][-1] == (n, "give", a, b)
@@ -122,8 +121,8 @@ def test_qa5_answers_follow_from_the_support(stories):
                  f"Who gave the {o} to {b}?": a, f"Who received the {o}?": b,
                  f"Who did {a} give the {o} to?": b}
         assert answer == meant[text]
-        kinds[list(meant).index(text)] += 1
-    shares = [kinds[i] / kinds.total() for i in range(5)]
+        kinds.append(list(meant).index(text))
+    shares = np.bincount(kinds) / len(kinds)
     assert shares == pytest.approx([1 / 3] + [1 / 6] * 4, abs=0.02)
 
 
@@ -304,34 +303,26 @@ def test_files_are_written_where_links_point_to_with_their_mode(tmp_path):
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):
-    asked = []
-
     def copyfile(self, source, outputfile):
-        self.asked.append(self.path)
-        content = source.read()
-        outputfile.write(content[:9] if "qa4" in self.path else content)  # the line breaks
-
-    def log_message(self, *args):
-        pass
+        outputfile.write(source.read(9 if "qa4" in self.path else -1))  # of qa4 the line breaks
 
 
 def test_published_samples_are_fetched_once_whole_or_not_at_all(tmp_path, data):
     record = {"input": "Mary went.", "question": "Where is Mary?", "target": " office "}
-    good = json.dumps([record])
-    root, where = tmp_path / "hub", "datasets/RMT-team/babilong/resolve/main/data"
+    good, root = json.dumps([record]), tmp_path / "hub"
     for task, text in ("qa1", good), ("qa3", "<html>"), ("qa4", good), ("qa5", "[]"):
-        (root / where / task).mkdir(parents=True)
-        (root / where / task / "0k.json").write_text(text)
+        page = root / f"datasets/RMT-team/babilong/resolve/main/data/{task}/0k.json"
+        page.parent.mkdir(parents=True)
+        page.write_text(text)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=root))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub, tmp_path = f"http://127.0.0.1:{server.server_port}", tmp_path / "samples"
-    for _ in range(2):
-        babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub=hub)
-    assert Hub.asked == [f"/{where}/qa1/0k.json"]
+    babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub=hub)
     for task in "qa2", "qa3", "qa4", "qa5":
         with pytest.raises(ValueError, match=f"{task}/0k.json is not to be had"):
             babilong.fetch_babilong(tmp_path, [task], ["0k"], hub=hub)
     server.shutdown()
+    babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub="http://nowhere.invalid")
     (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
     sample = babilong.Published(data, tmp_path).sample("qa1", 0, 0, "0k")
     assert data.encoding.decode(sample.tokens).split() == "Mary went. Where is Mary?".split()
@@ -433,7 +424,7 @@ def test_sizes(data):
         assert len(text.replace("\n", "")) == pytest.approx(4200 * k, abs=60)
     assert babilong.parse_length("1M") == 4_200_000
     for bad in "4", "k", "-1k", "4kk", "", "1.5k":
-        with pytest.raises(argparse.ArgumentTypeError, match="like 0k"):
+        with pytest.raises(babilong.ArgumentTypeError, match="like 0k"):
             babilong.length(bad)
     small = babilong.Babilong(data.encoding, None, data.sentences, 8)
     with pytest.raises(ValueError, match="no story of qa5 fits 1 segments of 8 tokens"):
