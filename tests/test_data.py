@@ -9,7 +9,6 @@ import threading
 import unicodedata
 from collections import Counter, defaultdict
 from functools import partial
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -217,13 +216,18 @@ def write(tmp_path, haystack):
 
 def test_written_folder(data_dir):
     files = {str(path.relative_to(data_dir)): path.read_text() for path in data_dir.rglob("*.*")}
-    backgrounds = ["train/background.txt", "eval/background.txt"]
-    assert files.keys() == {"meta.json", "tokenizer.json", *backgrounds,
-                            *(f"eval/{task}.txt" for task in TASKS)}
-    train, held_out = (files[name].splitlines() for name in backgrounds)
+    assert files.keys() == {"meta.json", "tokenizer.json", "train/background.txt",
+                            "eval/background.txt", *(f"eval/{task}.txt" for task in TASKS)}
+    train, held_out = (files[f"{s}/background.txt"].splitlines() for s in ("train", "eval"))
     assert train and held_out and not set(train) & set(held_out)
-    people = r"\b(Mary|John|Daniel|Sandra|Fred|Bill|Jeff|Julie)\b"
-    assert not any(re.search(people, files[name]) for name in backgrounds)
+
+
+def test_haystack_names_nobody(tmp_path, haystack):
+    names = "Mary John Daniel Sandra Fred Bill Jeff Julie Marybel".split()
+    text = " ".join(f"One day {name} met a king." for name in names)
+    (tmp_path / "book.txt").write_text(haystack.read_text() + " " + text)
+    found = [s for s in babilong.read_background([str(tmp_path)]) if "met a king" in s]
+    assert found == ["One day Marybel met a king."]
 
 
 def test_any_folder_but_a_foreign_one_is_written_into(write, tmp_path, monkeypatch):
@@ -238,8 +242,13 @@ def test_any_folder_but_a_foreign_one_is_written_into(write, tmp_path, monkeypat
 
 
 def test_a_half_written_folder_is_known_as_such(write, tmp_path, monkeypatch):
+    def full(path, content):
+        if path.name == "meta.json":
+            raise OSError(28, "No space left on device")
+        write_file(path, content)
+
     write()
-    full = Mock(side_effect=OSError(28, "No space left on device"))
+    write_file = babilong.write_file
     monkeypatch.setattr(babilong, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         write()
