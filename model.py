@@ -361,9 +361,9 @@ class LM2(nn.Module):
         """
         idx (B, n) int64, any number of segments, the last one perhaps not full; targets (B, n)
         int64, -1 where there is none; memory as of initial_memory, the default; weights (B, n)
-        float, of each target in the loss, one over their number by default; claim_price: of a
-        claim of 1 in every chunk, in the loss. Returns states (B, n, C), which `head` makes logits
-        of, loss (scalar; None without targets) and memory.
+        float, of each target in the loss, one over their number by default; claim_price: see
+        below. Returns states (B, n, C), which `head` makes logits of, loss (scalar; None without
+        targets) and memory.
         """
         B, T, full = idx.size(0), self.config.block_size, idx.size(1) // self.config.block_size
         memory = self.initial_memory(B) if memory is None else memory
@@ -386,12 +386,14 @@ class LM2(nn.Module):
             if self.training and log_odds is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
-                pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
-                # a chunk written without need harms only texts longer than those of the training
-                cost = pull + claim_price * log_odds.sigmoid()  # (L, B, S, J)
-                # of a text the mean, of all blocks the sum; a text counts as its targets do
-                cost = cost.mean(dim=(2, 3)).sum(dim=0) * weights.sum(dim=1)  # (B,)
-                loss = loss + cost.sum()
+                beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
+                cost = 0.05 * beyond.square().mean(dim=(2, 3))  # (L, B)
+                # a block must choose: a window of all that came last, or a memory of few chunks. What
+                # it writes without need harms only texts that are longer than the training's
+                share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
+                cost = cost + claim_price * share * (1 - share)
+                # a text counts as its targets do
+                loss = loss + (cost.sum(dim=0) * weights.sum(dim=1)).sum()
         return x, loss, memory
 
     @torch.no_grad()

@@ -107,7 +107,8 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
-    flag("claim_price", 0.01, "of writing a chunk, while the learning rate falls", rate)
+    flag("claim_price", 0.01, "while the learning rate falls, of writing some chunks, not all or "
+         "none", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
