@@ -388,8 +388,8 @@ class LM2(nn.Module):
                 # beyond log-odds of 6 it is pulled back
                 beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
                 cost = 0.05 * beyond.square().mean(dim=(2, 3))  # (L, B)
-                # a block must choose: a window of all that came last, or a memory of few chunks. What
-                # it writes without need harms only texts that are longer than the training's
+                # a block must choose: a window of all that came last, or a memory of few chunks;
+                # what it writes without need harms only texts longer than those of the training
                 share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
                 cost = cost + claim_price * share * (1 - share)
                 # a text counts as its targets do
