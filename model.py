@@ -23,7 +23,7 @@ off the end. Everything else stays as it is, for any number of segments. Tokens 
 was before their segment: no token sees a later one.
 Why chunks: tokens that pick their slot by content all pick the same one, and two facts are averaged
 before anything has learned to keep them apart. Why a queue: a slot's age is its index, so a read
-can prefer the later of two facts. Other rules are in tests/variants.py, measured in the README.
+can prefer the later of two facts. Other rules, to try: tests/variants.py.
 
 The equations, as printed and as here. E: tokens' states, M: the bank. Here h: the states that enter
 the block, c: the row of a chunk, m: the slot that it may replace, normalised.
