@@ -321,8 +321,9 @@ def find_babi(folder, task, split=None):
     if published := split and all(parts.values()):
         files = parts[split]
     if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} files for {task}: name a folder with one, "
-                         f"or with one {task}_*_train.txt and one {task}_*_test.txt")
+        where = ", ".join(sorted({str(p.parent.relative_to(folder)) for p in files})) or "none"
+        raise ValueError(f"{folder} holds {len(files)} files for {task} (in {where}): name a "
+                         f"folder with one, or with {task}_*_train.txt and {task}_*_test.txt")
     stories = read_babi(files[0])
     if split and not published:
         at = len(stories) * 9 // 10
