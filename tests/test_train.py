@@ -224,6 +224,26 @@ def test_a_stage_ends_at_its_limit(data_dir, tmp_path):
     assert [(row["iter"], row["stage"]) for row in log(tmp_path) if "stage" in row] == [(3, 1), (6, 2)]
 
 
+def test_claims_have_a_price_while_the_learning_rate_falls(data_dir, tmp_path):
+    for name, price in ("free", 0), ("dear", 5):  # the rate falls in the last 3.2 of 8 steps
+        run(*flags(data_dir, tmp_path / name, claim_price=price))
+    free, dear = losses(tmp_path / "free"), losses(tmp_path / "dear")
+    assert free[:5] == dear[:5] and all(b > a for a, b in zip(free[5:], dear[5:]))
+
+
+def test_without_a_compiler_it_says_so(capsys, monkeypatch):
+    def compiled(*args):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr("torch.compile", lambda function: compiled)
+    model = train.build(train.LM2Config(32, 50, 1, 2, n_embd=16))
+    train.compile_blocks(model, must=False)
+    assert "no compiler here" in capsys.readouterr().out
+    assert model.blocks[0]._compiled_call_impl is None
+    with pytest.raises(ValueError, match="--compile=on does not work here"):
+        train.compile_blocks(model, must=True)
+
+
 def test_another_rule_from_the_command_line(data_dir, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "variants.py"), "mean", *flags(data_dir, tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
