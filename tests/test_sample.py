@@ -1,4 +1,5 @@
 """sample.py with tiny untrained models: what it reads, carries, answers, shows and refuses."""
+import os
 import re
 import subprocess
 import sys
@@ -119,6 +120,12 @@ def test_interactive(out_dir):
     for line in "nothing has", "Where is Mary?", "block 2: 4 of 4", "no is no", ": /lost.", ": ?":
         assert out.count(line) == 1, line
     assert out.count("/forget ") == 2 and "office.\n" not in out and not done.stderr
+
+
+def test_what_a_pipe_cannot_show_is_a_question_mark(out_dir):
+    done = subprocess.run([sys.executable, sample.__file__, "--start=Привет"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stdout.startswith(b"??????") and not done.stderr
 
 
 @pytest.mark.parametrize("flag, complaint", [

@@ -416,6 +416,10 @@ def test_plain_text_is_learned_and_sampled_as_it_is(data_dir, tmp_path, capsys):
         f"--out_dir={tmp_path / 'out'}", "--start=one two three\none two", "--temperature=0",
         "--max_new_tokens=12"]))
     assert capsys.readouterr().out.startswith("one two three\none two three\none two three\none two")
+    small = dict(data=tmp_path / "texts", block_size=1, curriculum="1,2")
+    run(*flags(data_dir, tmp_path / "one", **small), "--chunk_size=1")
+    texts = results(tmp_path / "one")["perplexities"]
+    assert [text["segments"] for text in texts] == [2]  # one token has nothing to predict
     (tmp_path / "texts" / "a.txt").write_text("other text " * 300)
     with pytest.raises(ValueError, match="is not what the model in"):
         run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=152")
