@@ -182,7 +182,7 @@ def test_two_processes_compute_what_one_computes(loud, data_dir, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
         assert done.returncode == 0, done.stderr
     assert apart(tmp_path / "one", tmp_path / "two") < 1e-6
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6, abs=1e-5)
     one, two = (results(tmp_path / name)["results"] for name in ("one", "two"))
     assert [(r["n"], r["fact_chunks"]) for r in one] == [(r["n"], r["fact_chunks"]) for r in two]
 
@@ -281,7 +281,7 @@ class Oracle:
             facts = re.findall(rf"(?:Mary|John|Sandra|Daniel) (?:{verbs}) to the \w+\.", text)
             try:
                 answer = expected("qa1", list(enumerate(facts)), re.search(r"(Where is \w+\?)$", text)[1])[0]
-            except KeyError:
+            except LookupError:
                 answer = "nowhere"
             answers.append((self.data.encode(f" {answer}.") + (self.data.newline,) * 9)[:max_new_tokens])
         return torch.cat((idx, torch.tensor(answers)), dim=1), state
