@@ -386,8 +386,8 @@ class LM2(nn.Module):
             if self.training and log_odds is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
-                beyond = (log_odds.abs() - 6.0).clamp(min=0)  # (L, B, S, J)
-                cost = 0.05 * beyond.square().mean(dim=(2, 3))  # (L, B)
+                pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
+                cost = pull.mean(dim=(2, 3))  # (L, B)
                 # a block must choose: a window of all that came last, or a memory of few chunks;
                 # what it writes without need harms only texts longer than those of the training
                 share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
