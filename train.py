@@ -295,11 +295,12 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
 
 
 def shares(rows):
-    """What each block writes of the facts' chunks / of the haystack's, in %: '97/99.8 46/0.0'."""
+    """What each block writes, a line; nothing where no block chooses, as in RMT."""
     names = "fact_chunks", "haystack_chunks"
     facts, hay = (np.sum([row[name] for row in rows], axis=0) for name in names)
-    return " ".join(f"{100 * f / max(1, facts[0]):.0f}/{100 * h / max(1, hay[0]):.1f}"
-                    for f, h in zip(facts[1:], hay[1:]))
+    parts = " ".join(f"{100 * f / facts[0]:.0f}/{100 * h / max(1, hay[0]):.1f}"
+                     for f, h in zip(facts[1:], hay[1:]) if facts[0])
+    return parts and f"chunks written, of facts / of the haystack, in % by block: {parts}"
 
 
 @torch.no_grad()
@@ -334,7 +335,8 @@ def print_table(rows, guesses):
             if n := sum(r["n" + kind] for r in row):
                 tokens = round(np.mean([r["tokens"] for r in row]))
                 line(name, tokens, n, [r["accuracy" + kind] for r in row])
-    print(f"chunks written, of facts / of the haystack, in % by block: {shares(rows)}")
+    if text := shares(rows):
+        print(text)
 
 
 def final_table(args, model, training, held_out, evaluated, seed, iter_num):
@@ -522,7 +524,7 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
                 means = [(s, np.mean([r["accuracy"] for r in rows if r["segments"] == s]))
                          for s in lengths]
                 say(": " + ", ".join(f"{s} seg. {mean:.0f} %" for s, mean in means)
-                    + f"; of facts / haystack written, in % by block: {shares(rows)}", eval=rows)
+                    + f"; {shares(rows)}".removesuffix("; "), eval=rows)
             elif text := perplexity(model, held_out, max(args.curriculum)):
                 say(f": perplexity {text['perplexity']}", **text)
         if RANK == 0 and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
