@@ -5,12 +5,13 @@ cross-attention and that LSTM-style gates update. The whole model is in this fil
 References:
 1) LM2: Kang et al. 2025, https://arxiv.org/abs/2502.06049, equations (1) to (6)
 2) Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, the decoder
-3) RMT: Bulatov et al. 2022, https://arxiv.org/abs/2207.06881, the baseline at the end
+3) RMT: Bulatov et al. 2022, https://arxiv.org/abs/2207.06881, the baseline
 
-Shapes, one letter one meaning, in every file:
+Shapes, one letter one meaning (but in equations K and V are keys and values):
     B batch     S segments of a text     T tokens of a segment (block_size)     V vocabulary
     C width     H heads     K key-value heads     D = C/H width of a head     L blocks with a bank
     N slots of a bank     w tokens of a chunk (chunk_size)     J = T/w chunks of a segment
+    P = min(J, N) chunks of a segment that can be written
 
 Self-attention sees one segment. What lies further back is known from the memory alone, which goes
 in and comes out of every call:  states, loss, memory = model(idx, targets, memory)
@@ -18,17 +19,18 @@ in and comes out of every call:  states, loss, memory = model(idx, targets, memo
 HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
 the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
 pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
-claim is above 1/2 is written: pushed in at the front, through the gates, over the row that falls
-off the end. Everything else stays as it is, for any number of segments. Tokens read the bank as it
-was before their segment: no token sees a later one.
-Why chunks: tokens that pick their slot by content all pick the same one, and two facts are averaged
-before anything has learned to keep them apart. Why a queue: a slot's age is its index, so a read
-can prefer the later of two facts. Other rules, to try: tests/variants.py.
+claim is above 1/2 is written: it overwrites the oldest row, through the gates, and moves to the
+front. All other rows stay as they are, for any number of segments. (In training also a chunk with a
+lower claim changes the row it would have taken, as far as it claims: so claims can be learned.)
+Tokens read the bank as it was before their segment: no token sees a later one.
+Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
+are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
+so a read can prefer the later of two facts. Other rules, measured: README and tests/variants.py.
 
-The equations, as printed and as here. E: tokens' states, M: the bank. Here h: the states that enter
-the block, c: the row of a chunk, m: the slot that it may replace, normalised.
+The equations, as printed and as here. E: tokens' states, M: the bank. Here h: the block's input,
+normalised, c: the row of a chunk, m: slots, normalised.
 (1) Q = E W_Q, K = M W_K, V = M W_V     Q is self-attention's: window and bank are asked the same
-    A = softmax(Q K^T / sqrt(d))        slot i is read as i chunks before the segment, younger first
+    A = softmax(Q K^T / sqrt(d))        with positions, and a prior of (i + 1)^-3 on slot i, its age
     E_mem = A V                         as printed
 (2) g_out = sigmoid(E_mem W_out)        as printed
     E_gated = g_out * M                 g_out * E_mem: M does not have the shape
@@ -167,21 +169,22 @@ class Memory(nn.Module):
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.salience = nn.Parameter(torch.empty(C))  # w_sal, starts at zero
-        # slot i lies i chunks before the segment, in a text of what was written; at most T before
+        # the position of slot i: i chunks before the segment, as if no chunk between had been
+        # left out; at most T before it, which is the farthest that rotary embedding has learned
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
         for name, table in zip(("cos", "sin"), rope_table(config, place)):
             self.register_buffer(name, table, persistent=False)  # (N, D)
-        # of two slots that match alike, about one person say, the younger counts more
+        # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
         self.register_buffer("recency", -3.0 * torch.log1p(torch.arange(N)), persistent=False)
 
     def candidates(self, h):
         """h (B, S, T, C) -> a row for each chunk (B, S, J, C), log-odds of its claim (B, S, J)."""
         h = h.unflatten(2, (-1, self.chunk_size))  # (B, S, J, w, C)
-        # s = 8 h w_sal, a salience for each token; 8 is a larger step for this one vector
+        # s = 8 h w_sal, a salience for each token; 8: this one vector must learn faster
         s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
         # c = sum over the chunk of softmax(s) h
         c = (s.softmax(dim=-1)[..., None] * h).sum(dim=3)  # (B, S, J, C)
-        # claim = sigmoid(logsumexp(s)): the tokens' share against "nothing", with a salience of 0
+        # claim = sigmoid(logsumexp(s)) = sum e^s / (1 + sum e^s); at first w / (w + 1): all written
         return c, s.logsumexp(dim=-1)
 
     def write(self, h, M):
@@ -191,15 +194,15 @@ class Memory(nn.Module):
         """
         c, log_odds = self.candidates(h)
         claim, written = log_odds.sigmoid(), log_odds > 0  # (B, S, J)
-        # training weighs what is written by its claim, so that claims have a gradient
+        # in training every row counts as far as its claim, so that claims have a gradient
         claim = claim if self.training else written.type_as(claim)
-        # which chunks are offered the P = min(J, N) oldest slots: the written ones the very oldest,
-        # the last one of the text slot N - 1; if there are more than N, the last ones of the text
+        # sort unwritten chunks before written ones, each in text order, and pair the last P with
+        # the P oldest slots: the last one written meets the oldest of all, slot N - 1
         N, J = M.size(1), claim.size(2)
         order = (written * J + torch.arange(J, device=h.device)).argsort(dim=2)[..., -N:]
         c = c.gather(2, order[..., None].expand(-1, -1, -1, c.size(3)))  # (B, S, P, C)
         claim = claim.gather(2, order)[..., None]  # (B, S, P, 1)
-        # the n rows written then move from the end to the front: the last of the text is slot 0
+        # the n rows written then move to the front, in reverse: the last of the text is slot 0
         i, n = torch.arange(N, device=h.device), written.sum(dim=2, keepdim=True)
         source = torch.where(i < n, N - 1 - i, i - n)[..., None].expand(-1, -1, -1, M.size(2))
         c_in, c_forget, c_new = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh()
@@ -207,31 +210,32 @@ class Memory(nn.Module):
         return banks, M, log_odds
 
     @torch.compiler.disable  # one graph before it and one after, rather than one for each S
-    def carry(self, M, *by_segment):
+    def carry(self, M, c_in, c_forget, c_new, claim, source):
         """All that is sequential: M (B, N, C) through S segments. Returns the banks as write's."""
-        banks, N, P = [], M.size(1), by_segment[0].size(2)
-        for c_in, c_forget, c_new, claim, source in zip(*(x.unbind(1) for x in by_segment)):
+        banks, N, P = [], M.size(1), claim.size(2)
+        parts = (x.unbind(1) for x in (c_in, c_forget, c_new, claim, source))
+        for c_in, c_forget, c_new, claim, source in zip(*parts):
             if self.bptt_segments and banks and len(banks) % self.bptt_segments == 0:
                 M = M.detach()
             banks.append(M)
             rest, old = M.split((N - P, P), dim=1)  # (B, N - P, C), (B, P, C)
             m = rms_norm(old, 1e-20)  # tiny eps: a faded slot still counts
-            # (4)  g_in = sigmoid(E_t W_in)
+            # (4)  g_in = sigmoid(c W_in + m U_in)
             g_in = torch.sigmoid(c_in + self.u_in(m))  # (B, P, C)
-            # (5)  g_forget = sigmoid(E_mem W_forget)
+            # (5)  g_forget = sigmoid(c W_forget + m U_forget)
             g_forget = torch.sigmoid(c_forget + self.u_forget(m))  # (B, P, C)
-            # (6)  M_t+1 = g_in * tanh(E_mem) + g_forget * M_t
+            # (6)  M' = g_in tanh(c W_c) + g_forget M
             new = g_in * c_new + g_forget * old  # (B, P, C)
-            row = torch.lerp(old, new, claim)  # (B, P, C), new as far as it is claimed
+            row = torch.lerp(old, new, claim)  # (B, P, C), new as far as claimed; 0 keeps the old
             M = torch.cat((rest, row), dim=1).gather(1, source)  # (B, N, C)
         return torch.stack(banks, dim=1), M
 
     def attention(self, q, m, attn):
         """A (B*S, H, T, N): queries q (B*S, H, T, D) of `attn`, normalised slots m (B, S, N, C)."""
-        # (1)  Q = E_t W_Q, K = M_t W_K
+        # (1)  K = M W_K; Q = E W_Q is self-attention's
         k = rotate(attn.heads(self.wk(m), norm=True), (self.cos, self.sin))  # (B*S, K, N, D)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B*S, H, N, D)
-        # (1)  A = softmax(Q K^T / sqrt(d)), optionally of the top k slots
+        # (1)  A = softmax(Q K^T / sqrt(d) + age), if asked over the top k slots alone
         scores = q @ k.mT * attn.scale + self.recency  # (B*S, H, T, N)
         if self.top_k:
             least = scores.topk(min(self.top_k, scores.size(-1)), dim=-1).values[..., -1:]
@@ -242,13 +246,13 @@ class Memory(nn.Module):
         """E_gated (B, S, T, C), what queries q (B*S, H, T, D) of `attn` read in M (B, S, N, C)."""
         m = rms_norm(M, 1e-20)  # (B, S, N, C)
         A = self.attention(q, m, attn)  # (B*S, H, T, N)
-        # (1)  V = M_t W_V, E_mem = A V
+        # (1)  V = M W_V, E_mem = A V
         v = attn.heads(self.wv(m))  # (B*S, K, N, D)
         E_mem = A @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B*S, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2).unflatten(0, M.shape[:2])  # (B, S, T, C)
         # (2)  g_out = sigmoid(E_mem W_out)
         g_out = torch.sigmoid(self.w_out(E_mem))  # (B, S, T, C)
-        # (2)  E_gated = g_out * M_t
+        # (2)  E_gated = g_out E_mem (printed: g_out M)
         return g_out * E_mem
 
 
@@ -265,9 +269,10 @@ class Block(nn.Module):
 
     def forward(self, x, rope, M=None):
         """
-        All segments at once: a write needs only what enters the block. x (B, S, T, C), M (B, N, C)
-        if there is a memory. Returns x, M after the text and claims' log-odds (B, S, J), None where
-        nothing is written: segments that are not full only read.
+        Writing needs h, not what the block reads: so the banks of all segments come first, and then
+        all segments attend and read at once. x (B, S, T, C), M (B, N, C) if there is a memory.
+        Returns x, M after the text and claims' log-odds (B, S, J); None where nothing is written:
+        a segment that is not full (S = 1) only reads.
         """
         log_odds = None
         h = self.norm1(x)  # (B, S, T, C)
@@ -278,7 +283,7 @@ class Block(nn.Module):
         if self.memory is not None:
             banks = M[:, None]  # (B, 1, N, C)
             if x.size(2) == self.block_size:
-                banks, M, log_odds = self.memory.write(h, M)  # (B, S, N, C)
+                banks, M, log_odds = self.memory.write(h, M)  # banks (B, S, N, C)
             # (3)  E_next = E_attn + E_gated
             y = y + self.memory.read(q, banks, self.attn)
         x = x + self.attn.wo(y)
@@ -306,7 +311,7 @@ class LM2(nn.Module):
     def init_weights(self):
         """Sets every parameter, the decoder's first: one seed gives all types one decoder."""
         if self.embed.weight.is_meta:
-            return  # somebody counts parameters
+            return  # no numbers to set: parameters are only counted
         tied, g = self.config.tie_embeddings, torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device
@@ -388,8 +393,9 @@ class LM2(nn.Module):
                 # beyond log-odds of 6 it is pulled back
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
                 cost = pull.mean(dim=(2, 3))  # (L, B)
-                # a block must choose: a window of all that came last, or a memory of few chunks;
-                # what it writes without need harms only texts longer than those of the training
+                # claim_price pushes the share that a block writes to 1, a window, or to few chunks,
+                # a memory: what is written without need pushes facts out of long texts, and texts
+                # as short as the training's cannot show it
                 share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
                 cost = cost + claim_price * share * (1 - share)
                 # a text counts as its targets do
@@ -399,8 +405,9 @@ class LM2(nn.Module):
     @torch.no_grad()
     def read(self, idx, state=None):
         """
-        Reads a text on by idx (B, n), n > 0, in constant memory. state: (memory, the tokens (B, t)
-        since it was written), None where the text starts. Returns logits (B, V), state.
+        Continues a text by idx (B, n), n > 0, at most 2^15 tokens at once. state: (memory, the
+        tokens (B, t) since it was written), None where the text starts. Returns logits (B, V) and
+        state. The segment at hand is computed again each time: there is no cache.
         """
         T = self.config.block_size
         memory, tail = state or (self.initial_memory(idx.size(0)), idx[:, :0])
