@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own: the reader's out/ and data/ are not seen or changed."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def haystack(tmp_path_factory):
     """A text file of 2,000 sentences over a small vocabulary."""

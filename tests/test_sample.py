@@ -31,9 +31,8 @@ def reader(encoding):
 
 
 @pytest.fixture(params=["lm2"])
-def out_dir(request, encoding, tmp_path, monkeypatch):
+def out_dir(request, encoding):
     model, rest = tiny(encoding, memory_type=request.param), "optimizers rng iter_num stage began"
-    monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     torch.save({**dict.fromkeys(f"{rest} running log_size data".split()), "args": {},
                 "model": model.state_dict(), "config": vars(model.config),

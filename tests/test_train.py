@@ -141,7 +141,7 @@ def test_resume_takes_rates_from_flags_but_no_other_model(data_dir, tmp_path, ca
     assert "holds a run" in capsys.readouterr().err and weights(tmp_path)["iter_num"] == 3
 
 
-def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack, monkeypatch):
+def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
     babilong.write_data(tmp_path / "other", ("qa1",), background=[str(haystack)], vocab_size=600,
                         eval_stories=5, seed=2)
     run(*flags(data_dir, tmp_path / "out", max_iters=2))
@@ -464,8 +464,7 @@ def test_text_that_is_none(data_dir, tmp_path):
     ("--freeze_decoder --memory_type=none", "--freeze_decoder"), ("--data=x --retrieve=2", "--data"),
     ("--results=.", "--results"), ("--results=nowhere/x.json", "--results"),
     ("--eval_only --out_dir=nowhere", "no checkpoint nowhere/ckpt.pt")])
-def test_bad_flags_are_named_in_one_line(flag, word, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_flags_are_named_in_one_line(flag, word, capsys):
     with pytest.raises(SystemExit) as e:
         train.parse_args(flag.split())
     (line,) = capsys.readouterr().err.splitlines()

@@ -145,8 +145,7 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["empty", "zeros", "truncated", "flipped", "callable", "number", "foreign",
                                   "lacks", "weights", "config", "unknown", "tokenizer", "shape"])
-def test_bad_checkpoints_get_one_line_and_run_nothing(kind, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_checkpoints_get_one_line_and_run_nothing(kind, trained):
     shutil.copytree(trained, "out")
     path, whole, c = Path("out/ckpt.pt"), Path("out/ckpt.pt").read_bytes(), weights("out")
     damaged = {"empty": b"", "zeros": bytes(4096), "truncated": whole[: len(whole) // 2],
@@ -245,7 +244,6 @@ def test_random_flags_work_or_are_refused_in_one_line(n, data_dir, tmp_path, mon
     monkeypatch.setattr(train, "build", build)
     monkeypatch.setattr(train, "train", lambda *args: False)
     monkeypatch.setattr(train, "final_table", lambda *args: pytest.fail("no checkpoint"))
-    monkeypatch.chdir(tmp_path)
     rng, outcomes = random.Random(0), []
     for i in range(n):
         line = [f"--data_dir={data_dir}", "--device=cpu", f"--out_dir={tmp_path / str(i)}"]
@@ -266,8 +264,7 @@ TYPED = [(program, action) for program in (train, sample, babilong)
 
 
 @pytest.mark.parametrize("program, action", TYPED, ids=lambda x: getattr(x, "dest", None) or x.__name__)
-def test_every_flag_names_itself(program, action, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_flag_names_itself(program, action, capsys):
     complaints, parse = 0, train.parse_args if program is train else program.get_parser().parse_args
     for value in SENSELESS:
         line = refused(capsys, lambda: parse([f"{action.option_strings[0]}={value}"]))
