@@ -412,7 +412,7 @@ LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 
 def train_tokenizer(sentences, vocab_size):
     """Byte-level BPE of `sentences`, with each bAbI word a token, after a space and without."""
-    stories = [simulate(task, random.Random(i)) for task in TASKS for i in range(300)]
+    stories = [simulate(task, random.Random(i)) for task in TASKS for i in range(50)]
     text = " ".join(f"{line.text} {line.answer}" for story in stories for line in story)
     words = set(re.findall(r"\w+", text)).union(*LABELS.values())
     babi = sorted(w.encode() for word in words for w in (word, " " + word))
