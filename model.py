@@ -169,8 +169,8 @@ class Memory(nn.Module):
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.salience = nn.Parameter(torch.empty(C))  # w_sal, starts at zero
-        # the position of slot i: i chunks before the segment, as if no chunk between had been
-        # left out; at most T before it, which is the farthest that rotary embedding has learned
+        # the position of slot i: i chunks before the segment, as if all between had been written;
+        # at most T before it, so that more slots than in training bring no new positions
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
         for name, table in zip(("cos", "sin"), rope_table(config, place)):
             self.register_buffer(name, table, persistent=False)  # (N, D)
@@ -405,7 +405,7 @@ class LM2(nn.Module):
     @torch.no_grad()
     def read(self, idx, state=None):
         """
-        Continues a text by idx (B, n), n > 0, at most 2^15 tokens at once. state: (memory, the
+        Continues a text by idx (B, n), n > 0, in pieces, so in constant memory. state: (memory, the
         tokens (B, t) since it was written), None where the text starts. Returns logits (B, V) and
         state. The segment at hand is computed again each time: there is no cache.
         """
