@@ -201,8 +201,8 @@ class VagueWorld(World):
         return f"{who} {text}."
 
 
-def line_up_places(rng):
-    """A story of qa4: three places in a row, told by two statements. Returns its three Lines."""
+def line_up_places(rng, at_end):
+    """A story of qa4: three places in a row, told by two statements; Lines, 1 + at_end questions."""
     places, axis = rng.sample(PLACES, 3), rng.choice((("north", "south"), ("west", "east")))
     facts = []
     for outer in 0, 2:  # the place that lies next to the middle one, 1
@@ -210,12 +210,11 @@ def line_up_places(rng):
         direction, opposite = axis if subject < other else axis[::-1]
         facts.append((places[subject], direction, opposite, places[other]))
     rng.shuffle(facts)
-    i = rng.choice((0, 1))
-    subject, direction, opposite, other = facts[i]
-    question = rng.choice((f"What is {direction} of the {other}?",
-                           f"What is the {other} {opposite} of?"))
     lines = [Line(f"The {x} is {d} of the {y}.") for x, d, _, y in facts]
-    return lines + [Line(question, subject, (i + 1,))]
+    questions = [Line(question, x, (i,)) for i, (x, d, opposite, y) in enumerate(facts, 1)
+                 for question in (f"What is {d} of the {y}?", f"What is the {y} {opposite} of?")]
+    question = questions.pop(2 * rng.choice((0, 1)) + rng.choice((0, 1)))
+    return lines + [question] + rng.sample(questions, at_end)
 
 
 def simulate(task, rng, questions=5, at_end=0, limit=math.inf):
@@ -224,7 +223,7 @@ def simulate(task, rng, questions=5, at_end=0, limit=math.inf):
     to `at_end` other questions. None if it grows beyond `limit` lines.
     """
     if task == "qa4":
-        return line_up_places(rng)
+        return line_up_places(rng, at_end)
     world, lines = (VagueWorld if task in ("qa9", "qa10") else World)(task, rng), []
     for _ in range(questions):
         question = None

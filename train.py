@@ -113,7 +113,7 @@ def get_parser():
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
          several(positive))
-    flag("stage_accuracy", 0.94, "running accuracy that ends a stage", share)
+    flag("stage_accuracy", 0.94, "running accuracy that ends a stage, tasks' mean", share)
     flag("stage_iters", 0, "steps that end a stage at the latest; 0: no limit", count)
     flag("bptt_segments", 0, "cut the gradient after so many segments; 0: never", count)
     flag("activation_checkpointing", False, "compute blocks twice, to save memory")
@@ -387,23 +387,26 @@ def make_optimizers(model, args):
     return optimizers
 
 
-def get_batch(data, args, it, segments, noise):
+def get_batch(data, args, it, segments, noise, running):
     """
     This process's share of the samples of step `it`: idx and targets (B, n) int64, targets -1 where
-    there is none; answer and first (B, n) bool: targets that belong to an answer, that begin one.
+    there is none; answer (B, n) bool: targets that belong to an answer; first (B, n) int64: the
+    number of its task where a target begins an answer, else -1.
     """
     B, tasks = args.batch_size // segments, args.tasks or [None]
-    samples = [data.sample(tasks[(it * B + i) % len(tasks)], args.seed, f"{it}.{i}", dense=True,
-                           segments=segments, noise=noise) for i in range(RANK, B, WORLD)]
+    # tasks are drawn by their errors; one that is known, with running accuracy 1, stays in practice
+    drawn = random.Random(f"{args.seed}/{it}/tasks").choices(range(len(tasks)), 1.1 - running, k=B)
+    samples = [data.sample(tasks[drawn[i]], args.seed, f"{it}.{i}", dense=True, segments=segments,
+                           noise=noise) for i in range(RANK, B, WORLD)]
     idx = np.stack([s.tokens for s in samples])
     targets = np.pad(idx[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     targets[targets == data.newline] = -1
-    answer, first = np.zeros(idx.shape, dtype=bool), np.zeros(idx.shape, dtype=bool)
-    for row, sample in enumerate(samples):
+    answer, first = np.zeros(idx.shape, dtype=bool), np.full(idx.shape, -1)
+    for row, (sample, task) in enumerate(zip(samples, drawn[RANK::WORLD])):
         if not sample.answers:  # plain text, perhaps shorter than the sample
             targets[row, sample.prompt - 1 :] = -1
         for start, end in sample.answers:
-            answer[row, start - 1 : end - 1] = first[row, start - 1] = True
+            answer[row, start - 1 : end - 1], first[row, start - 1] = True, task
     return [torch.from_numpy(part) for part in (idx, targets, answer, first)]
 
 
@@ -412,11 +415,12 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
     device, optimizers = model.embed.weight.device, make_optimizers(model, args)
     # stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments; text
     # has no answers that could tell when to go on
-    stages, it, began, running = [1] + args.curriculum, 0, 0, 0.0
+    stages, it, began = [1] + args.curriculum, 0, 0
+    running = np.zeros(max(1, len(args.tasks)))  # accuracies, a number for each task
     stage = len(stages) - 1 if args.data else 0
     if checkpoint:
         it, stage = checkpoint["iter_num"], checkpoint["stage"]
-        began, running = checkpoint["began"], checkpoint["running"]
+        began, running[:] = checkpoint["began"], checkpoint["running"]
         torch.set_rng_state(checkpoint["rng"])
         if len(checkpoint["optimizers"]) != len(optimizers):
             raise ValueError("--muon_lr cannot become zero, or more than zero, in the same run")
@@ -439,7 +443,7 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it,
             "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(),
             "args": {n: v for n, v in vars(args).items() if n not in NOT_KEPT}, "stage": stage,
-            "began": began, "running": running, "log_size": log.tell(), "data": meta["hash"],
+            "began": began, "running": running.tolist(), "log_size": log.tell(), "data": meta["hash"],
             "tokenizer": babilong.dump_tokenizer(training.encoding)})
 
     def say(text, **entry):
@@ -452,7 +456,11 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
         values = torch.tensor(values, dtype=torch.float64)
         if WORLD > 1:
             dist.all_reduce(values := values.to(device))
-        return values.tolist()
+        return values.cpu().numpy()
+
+    def by_task(first):
+        """How many answers begin, of each task."""
+        return first[first >= 0].bincount(minlength=len(running)).cpu()
 
     if RANK == 0 and not checkpoint:
         save()  # so that there is something to resume from the first step on
@@ -462,9 +470,9 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
         rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
         segments = most if rng.random() < 0.5 else rng.randint(1, most)
         noise = stage > 0 and rng.random() < 0.8
-        batch = get_batch(training, args, it, segments, noise)
-        counts = total((batch[1] != -1).sum(), batch[2].sum(), batch[3].sum())
-        n_targets, n_answers, n_first = (max(1, n) for n in counts)
+        batch = get_batch(training, args, it, segments, noise, running)
+        counts = total((batch[1] != -1).sum(), batch[2].sum(), *by_task(batch[3]))
+        n_targets, n_answers, n_first = max(1, counts[0]), max(1, counts[1]), counts[2:]
 
         # up to the peak, then level, then down to zero
         up = (it + 1) / max(1, args.warmup_iters)
@@ -477,7 +485,7 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
                 group["lr"] = peak * schedule
 
         model.train()
-        losses = right = 0.0
+        losses, right = 0.0, torch.zeros(len(running))
         for parts in zip(*(part.tensor_split(args.gradient_accumulation_steps) for part in batch)):
             idx, targets, answer, first = (part.to(device) for part in parts)
             # mean over all targets + answer_weight * mean over the answers', over the whole step
@@ -488,23 +496,26 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean of what is a sum
             losses += loss.item()
             with torch.no_grad():
-                right += (model.head(x[first]).argmax(-1) == targets[first]).sum().item()
+                at = first >= 0
+                right += by_task(first[at][model.head(x[at]).argmax(-1) == targets[at]])
         clip = args.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-        losses, right, stop = total(losses, right, len(stopped))
+        losses, stop, *right = total(losses, len(stopped), *right)
         if not math.isfinite(losses + norm):
             raise ValueError(f"at step {it} the loss is {losses} and the gradient's norm {norm}: "
                              "lower the learning rates. The last checkpoint is kept")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        it, seen, accuracy = it + 1, seen + batch[0].numel() * WORLD, right / n_first
+        it, seen = it + 1, seen + batch[0].numel() * WORLD
+        accuracy = sum(right) / max(1, sum(n_first))
 
         if segments == most and (noise or stage == 0):
-            running += 0.1 * (accuracy - running)
+            # of the tasks that were in the batch
+            running += 0.1 * (n_first > 0) * (right / np.maximum(n_first, 1) - running)
         late = args.stage_iters and it - began >= args.stage_iters
-        if (running > args.stage_accuracy or late) and stage < len(stages) - 1:
-            stage, began, running = stage + 1, it, 0.0
+        if (running.mean() > args.stage_accuracy or late) and stage < len(stages) - 1:
+            stage, began, running[:] = stage + 1, it, 0.0
             say(f": stage {stage} of {len(stages) - 1}, up to {stages[stage]} segments",
                 stage=stage)
         if it % args.log_interval == 0:

@@ -127,7 +127,9 @@ def test_qa5_answers_follow_from_the_support(stories):
 
 def test_qa4_answers_follow_from_the_map(stories):
     step = {"north": 1j, "south": -1j, "east": 1, "west": -1}
-    for *lines, (text, answer, (n,)) in stories["qa4"]:
+    more = [babilong.simulate("qa4", random.Random(i), at_end=3) for i in range(100)]
+    assert all(len({text for text, *_ in story}) == 6 for story in more)
+    for *lines, (text, answer, (n,)) in stories["qa4"] + [s[:2] + [q] for s in more for q in s[2:]]:
         facts = [parse(line.text)[1] for line in lines]
         (a, direction, b), (c, direction2, d) = facts
         at = {b: 0, a: step[direction]}

@@ -99,7 +99,7 @@ def test_a_run_leaves_checkpoint_log_and_results(memory_type, data_dir, tmp_path
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_resume_equals_uninterrupted_bit_for_bit(dtype, data_dir, tmp_path, monkeypatch):
-    run(*flags(data_dir, tmp_path / "whole", dtype=dtype))
+    run(*flags(data_dir, tmp_path / "whole", dtype=dtype, tasks="qa1,qa6"))
     save, saved = train.save_checkpoint, []
 
     def save_and_die(*args):
@@ -110,7 +110,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(dtype, data_dir, tmp_path, monk
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        run(*flags(data_dir, tmp_path / "cut", dtype=dtype, checkpoint_interval=3))
+        run(*flags(data_dir, tmp_path / "cut", dtype=dtype, tasks="qa1,qa6", checkpoint_interval=3))
     assert weights(tmp_path / "cut")["iter_num"] == 3
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:
         f.write('{"iter": 4, "loss": "written after the checkpoint"}\n')
@@ -204,7 +204,8 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(data_dir, tmp_path)
 def test_batch_marks_answers_and_ignores_padding(data_dir, monkeypatch):
     data = babilong.load_data(data_dir, 32)[0]
     args, _ = train.parse_args(flags(data_dir, "unused", tasks="qa1,qa8"))
-    idx, targets, answer, first = train.get_batch(data, args, 0, 2, True)
+    running = np.zeros(2)
+    idx, targets, answer, first = train.get_batch(data, args, 0, 2, True, running)
     assert idx.shape == targets.shape == answer.shape == first.shape == (4, 64)
     there = targets[:, :-1] >= 0
     assert torch.equal(targets[:, :-1][there], idx[:, 1:][there]) and (targets[:, -1] == -1).all()
@@ -212,13 +213,25 @@ def test_batch_marks_answers_and_ignores_padding(data_dir, monkeypatch):
     for row in range(4):
         text = data.encoding.decode(targets[row][answer[row]].tolist())
         assert re.fullmatch(r"( (\w+|\w+, \w+|\w+, \w+, \w+)\.)+", text)
-        assert first[row].sum() == text.count(".")
+        begins = first[row][first[row] >= 0].tolist()
+        assert len(begins) == text.count(".") and len(set(begins)) == 1
+        assert begins[0] == (not set(re.findall(r"\w+", text)) <= set(babilong.PLACES))
     monkeypatch.setattr(train, "WORLD", 2)
     halves = []
     for rank in 0, 1:
         monkeypatch.setattr(train, "RANK", rank)
-        halves.append(train.get_batch(data, args, 0, 2, True)[0])
-    assert torch.equal(idx, torch.stack(halves, dim=1).flatten(0, 1))
+        halves.append(train.get_batch(data, args, 0, 2, True, running))
+    for part, two in zip((idx, targets, answer, first), zip(*halves)):
+        assert torch.equal(part, torch.stack(two, dim=1).flatten(0, 1))
+
+
+def test_tasks_are_drawn_by_their_errors(data_dir):
+    data = babilong.load_data(data_dir, 32)[0]
+    args, _ = train.parse_args(flags(data_dir, "unused", tasks="qa1,qa6", batch_size=40))
+    for running, share in ([0.0, 0.0], 1 / 2), ([1.0, 0.1], 1 / 11):
+        kinds = [train.get_batch(data, args, it, 1, False, np.array(running))[3].amax(dim=1) for it in range(25)]
+        kinds = torch.cat(kinds)  # 1,000 samples
+        assert set(kinds.tolist()) == {0, 1} and abs((kinds == 0).float().mean() - share) < 0.06
 
 
 def test_a_stage_ends_at_its_limit(data_dir, tmp_path):
@@ -441,7 +454,7 @@ def test_samples_of_text_stay_within_a_document(encoding):
         seen.add(text.strip()[0])
     assert seen == set("abc") and documents.digest() != babilong.Documents(encoding, texts[:2], 8).digest()
     args, _ = train.parse_args(["--data=x", "--batch_size=512", "--out_dir=nowhere"])
-    targets = train.get_batch(documents, args, 0, 4, False)[1]
+    targets = train.get_batch(documents, args, 0, 4, False, np.zeros(1))[1]
     for row, i in zip(targets, range(128)):
         assert (row == -1).sum() == 33 - documents.sample(None, 1337, f"0.{i}", segments=4).prompt
 
