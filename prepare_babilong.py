@@ -202,7 +202,7 @@ class VagueWorld(World):
 
 
 def line_up_places(rng, at_end):
-    """A story of qa4: three places in a row, told by two statements; Lines, 1 + at_end questions."""
+    """A story of qa4: Lines on three places in a row, two statements and 1 + at_end questions."""
     places, axis = rng.sample(PLACES, 3), rng.choice((("north", "south"), ("west", "east")))
     facts = []
     for outer in 0, 2:  # the place that lies next to the middle one, 1
@@ -790,11 +790,14 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     return meta
 
 
-def load_data(data_dir, block_size):
-    """(train Babilong, eval Babilong, meta) of a folder of write_data. Raises ValueError."""
+def load_data(data_dir, block_size, tokenizer=None):
+    """
+    (train Babilong, eval Babilong, meta) of a folder of write_data, in its tokens or in those of a
+    tokenizer as of dump_tokenizer. Raises ValueError.
+    """
     try:
         meta = json.loads(read_text(Path(data_dir, "meta.json")))
-        encoding = parse_tokenizer(read_text(Path(data_dir, "tokenizer.json")))
+        encoding = parse_tokenizer(tokenizer or read_text(Path(data_dir, "tokenizer.json")))
         splits = []
         for split in Path(data_dir, "train"), Path(data_dir, "eval"):
             stories = {task: find_babi(split, task) for task in meta["tasks"].split(",")

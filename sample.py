@@ -13,6 +13,7 @@ import io
 import sys
 from functools import partial
 from html import escape
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,8 @@ from prepare_babilong import (Parser, encode, number, out_file, read_text, sever
                               split_sentences, write_file)
 from train import first_line, load_checkpoint, load_model, pick_device
 
+# the model that answers before there is a trained one
+MODEL = Path(__file__).with_name("assets") / "ten-tasks.pt"
 STORY = "Mary went to the office. John moved to the garden. Where is Mary?"
 
 
@@ -167,7 +170,8 @@ def get_parser():
     parser = Parser("Reads a text with a trained model, and answers its question or continues it.")
     parser.add_group("flags")
     flag, count, size = parser.flag, number(int, 0, 10**9), number(int, 1, 10**9)
-    flag("out_dir", "out", "folder that train.py left")
+    flag("out_dir", None, "folder that train.py left, or a model's file; default: out, and before "
+         "there is one assets/ten-tasks.pt")
     flag("start", STORY, "the text to read, or FILE:path")
     flag("interactive", False, "read the lines that are typed, answer those that end in ?")
     flag("max_new_tokens", 100, "how far a text is continued", count)
@@ -214,7 +218,7 @@ def main(args):
     if not text.strip() or text != text.encode(errors="replace").decode():
         raise ValueError("--start holds no text, or it is not in UTF-8")
     torch.manual_seed(args.seed)
-    checkpoint = load_checkpoint(args.out_dir)
+    checkpoint = load_checkpoint(args.out_dir or ("out" if Path("out").exists() else MODEL))
     model, encoding = load_model(checkpoint, pick_device(args.device))
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     layers = args.heatmap_layer or banks[len(banks) // 2 :][:1]

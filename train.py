@@ -51,7 +51,7 @@ def get_parser():
     count, positive, size = number(int, 0, 10**9), number(int, 1, 10**9), number(int, 1, 2**20)
     share, rate, beta = number(float, 0, 1), number(float, 0, 10), number(float, 0, 0.9999)
     group("run")
-    flag("out_dir", "out", "folder for checkpoint, log and results")
+    flag("out_dir", "out", "folder for checkpoint, log, results; to evaluate: or a model's file")
     flag("init_from", "scratch", "scratch, resume (go on from out_dir), or a Llama's folder: graft")
     flag("checkpoint_interval", 200, "steps between checkpoints", positive)
     flag("log_interval", 10, "steps between log lines", positive)
@@ -157,6 +157,8 @@ def parse_args(argv=None):
              "--intervention needs a model with memory, and no --retrieve"),
             (args.freeze_decoder and config.memory_type == "none",
              "--freeze_decoder leaves nothing to train in a model without memory"),
+            (Path(args.out_dir).is_file() and not args.eval_only,
+             f"{args.out_dir} is a model, to evaluate or to read with: training needs a folder"),
             (len(args.curriculum) < stage, f"--curriculum ends before the run's stage {stage}"),
             (args.max_iters < step and not args.eval_only,
              f"--max_iters={args.max_iters}, but the run is at step {step}"),
@@ -199,8 +201,8 @@ def save_checkpoint(out_dir, checkpoint):
 
 
 def load_checkpoint(out_dir):
-    """The dict of out_dir/ckpt.pt, on the CPU. ValueError: there is none that can be used."""
-    path = Path(out_dir, "ckpt.pt")
+    """The dict of out_dir/ckpt.pt, or of a file, on the CPU. ValueError: it cannot be used."""
+    path = Path(out_dir) if Path(out_dir).is_file() else Path(out_dir, "ckpt.pt")
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}: train first, or name another --out_dir")
     parts = "model config args optimizers rng iter_num stage began running log_size tokenizer data"
@@ -216,7 +218,8 @@ def load_model(checkpoint, device, **changed):
     """(model, encoding) of a checkpoint. changed: fields of its config that may change."""
     try:
         model = build(LM2Config(**{**checkpoint["config"], **changed}))
-        model.to(checkpoint["model"]["embed.weight"].dtype).load_state_dict(checkpoint["model"])
+        dtype = torch.promote_types(checkpoint["model"]["embed.weight"].dtype, torch.float32)
+        model.to(dtype).load_state_dict(checkpoint["model"])
         return model.to(device).eval(), babilong.parse_tokenizer(checkpoint["tokenizer"])
     except (RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f"the checkpoint does not fit its config ({first_line(e)})") from None
@@ -366,7 +369,7 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
         results = {"config": config, "data_hash": evaluated.digest(), "results": rows,
                    "guesses": guesses, "perplexities": texts}
         name = "eval.json" if args.eval_only else "results.json"
-        path = args.results or Path(args.out_dir, name)
+        path = args.results or Path(args.out_dir if Path(args.out_dir).is_dir() else "", name)
         write_file(path, json.dumps(results, indent=1))
         print(f"written to {path}")
 
@@ -443,8 +446,8 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it,
             "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(),
             "args": {n: v for n, v in vars(args).items() if n not in NOT_KEPT}, "stage": stage,
-            "began": began, "running": running.tolist(), "log_size": log.tell(), "data": meta["hash"],
-            "tokenizer": babilong.dump_tokenizer(training.encoding)})
+            "began": began, "running": running.tolist(), "log_size": log.tell(),
+            "data": meta["hash"], "tokenizer": babilong.dump_tokenizer(training.encoding)})
 
     def say(text, **entry):
         if RANK == 0:
@@ -560,12 +563,14 @@ def compile_blocks(model, must):
 
 def get_data(args, checkpoint):
     """Training, held-out and evaluated data, and meta. ValueError, OSError: they cannot be used."""
-    if RANK == 0 and not checkpoint and not Path(args.data_dir, "meta.json").exists():
+    exported = Path(args.out_dir).is_file()  # a model in one file goes to other machines
+    if RANK == 0 and (exported or not checkpoint) and not Path(args.data_dir, "meta.json").exists():
         print(f"preparing the data in {args.data_dir}")
         babilong.write_data(args.data_dir)
     if WORLD > 1:
         dist.barrier()
-    training, held_out, meta = babilong.load_data(args.data_dir, args.block_size)
+    tokenizer = checkpoint and checkpoint["tokenizer"]
+    training, held_out, meta = babilong.load_data(args.data_dir, args.block_size, tokenizer)
     encoding, missing = training.encoding, set(args.tasks) - set(meta["tasks"].split(","))
     if missing:
         raise ValueError(f"{args.data_dir} holds no {min(missing)}: prepare it with --tasks")
@@ -575,8 +580,11 @@ def get_data(args, checkpoint):
                               for part in ((0, 0.9), (0.9, 1)))
         meta = {"hash": training.digest(), "seed": 0}
     if checkpoint and checkpoint["data"] != meta["hash"]:
-        raise ValueError(f"{args.data or args.data_dir} (hash {meta['hash']}) is not what the "
-                         f"model in {args.out_dir} learned from (hash {checkpoint['data']})")
+        if exported:
+            print(f"{args.data_dir} is not what this model learned from: figures can differ")
+        else:
+            raise ValueError(f"{args.data or args.data_dir} (hash {meta['hash']}) is not what the "
+                             f"model in {args.out_dir} learned from (hash {checkpoint['data']})")
     evaluated = held_out
     if args.babilong_dir:
         evaluated = babilong.Published(held_out, args.babilong_dir)

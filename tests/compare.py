@@ -1,8 +1,10 @@
 """
-Several runs of train.py side by side, as Markdown. Runs that differ in their seed alone share a column.
+Several runs of train.py side by side, as Markdown. Runs that differ in their seed alone share a column,
+as mean (lowest–highest); a single run has its 95 % interval.
 
 $ python tests/compare.py out/results.json out-none/results.json
 $ python tests/compare.py --kind=outside out*/results.json       # facts outside the window alone
+$ python tests/compare.py --by_task out/results.json             # task by task
 $ python tests/compare.py --plot=accuracy.svg out*/results.json  # accuracy by length, as a picture
 $ python tests/compare.py --curves=curves.svg out/results.json   # the learning curves, of log.jsonl
 """
@@ -64,24 +66,47 @@ def curves(folder):
 
 
 def load(path):
-    """A results.json, with its folder. Raises ValueError for another file."""
+    """A results.json, with its folder and a name. Raises ValueError for another file."""
     try:
-        results = json.loads(Path(path).read_text())
-        return {"folder": Path(path).parent, **{k: results[k] for k in ("config", "results")}}
+        results, folder, stem = json.loads(Path(path).read_text()), Path(path).parent, Path(path).stem
+        name = folder.name + f" {stem}" * (stem not in ("results", "eval"))
+        return {"folder": folder, "name": name, "config": results["config"],
+                "results": [{**row, "size": row["length"] or f"{row['segments']} seg."}
+                            for row in results["results"]]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a results.json of train.py ({type(e).__name__})") from None
 
 
-def spread(values):
-    """'mean (lowest–highest)', or the value where there is but one."""
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+def mean(rows, kind):
+    """(mean accuracy of some tasks' rows in %, half of its 95 % interval, Agresti-Coull), or None."""
+    found = [(row["correct" + kind], row["n" + kind]) for row in rows if row["n" + kind]]
+    if found:
+        shares = [((right + 2) / (n + 4), n + 4) for right, n in found]
+        deviation = sum(p * (1 - p) / n for p, n in shares) ** 0.5 / len(found)
+        return 100 * sum(right / n for right, n in found) / len(found), 196 * deviation
+
+
+def spread(cell):
+    """'mean (lowest–highest)' of several means, 'mean ± half of its interval' of one, or '–'."""
+    if not cell:
+        return "–"
+    values, half = [value for value, _ in cell], cell[0][1]
+    middle = f"{sum(values) / len(values):.1f}"
+    if len(values) == 1:
+        return f"{middle} ± {half:.1f}"
+    return f"{middle} ({min(values):.1f}–{max(values):.1f})"
+
+
+def table(rows):
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    print("\n".join(f"| {' | '.join(row)} |" for row in lines))
 
 
 def main():
     parser = Parser("Puts several results.json of train.py side by side.")
     parser.add_argument("files", nargs="+", help="results.json files")
     parser.add_argument("--kind", choices=("all", "outside"), default="all", help="which questions")
+    parser.add_argument("--by_task", action="store_true", help="a table for each column, task by task")
     parser.add_argument("--plot", type=out_file, metavar="SVG", help="draw accuracy by length instead")
     parser.add_argument("--curves", type=out_file, metavar="SVG", help="draw the first file's run instead")
     args = parser.parse_args()
@@ -92,29 +117,32 @@ def main():
         other = *NOT_KEPT, "seed", "iter_num", "data_dir"
         key = str(sorted((k, str(v)) for k, v in file["config"].items() if k not in other))
         columns.setdefault(key, []).append(file)
-    columns = {group[0]["folder"].name: group for group in columns.values()}
+    columns = {group[0]["name"]: group for group in columns.values()}
 
-    def values(group, size):
-        """The accuracy of each file of a column, the mean over its tasks."""
-        for file in group:
-            found = [r["accuracy" + kind] for r in file["results"]
-                     if (r["length"] or f"{r['segments']} seg.") == size and r["n" + kind]]
-            if found:
-                yield sum(found) / len(found)
+    def cell(group, size, task=None):
+        """The mean of each file of a column, over its tasks or of one."""
+        means = [mean([r for r in file["results"] if r["size"] == size and task in (None, r["task"])], kind)
+                 for file in group]
+        return [value for value in means if value]
 
-    sizes = list(dict.fromkeys(r["length"] or f"{r['segments']} seg." for f in files for r in f["results"]))
+    sizes = list(dict.fromkeys(row["size"] for file in files for row in file["results"]))
     if args.plot:
         series = {name: [(i, sum(v) / len(v), min(v), max(v)) for i, size in enumerate(sizes)
-                         if (v := list(values(group, size)))] for name, group in columns.items()}
+                         if (v := [value for value, _ in cell(group, size)])]
+                  for name, group in columns.items()}
         body = chart("accuracy in %", series, ticks=dict(enumerate(sizes)))
         return write_file(args.plot, svg(480, 240, "accuracy by length", body))
-    rows = [[f"accuracy in %{kind}", *columns], ["---"] * (1 + len(columns))]
-    for size in sizes:
-        cells = [list(values(group, size)) for group in columns.values()]
-        rows.append([size, *(spread(cell) if cell else "–" for cell in cells)])
-    rows.append(["parameters", *(f"{group[0]['config']['parameters']:,}" for group in columns.values())])
-    rows.append(["seeds", *(", ".join(str(f["config"]["seed"]) for f in g) for g in columns.values())])
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for file in files for row in file["results"]))
+    if args.by_task:
+        for name, group in columns.items():
+            table([[f"{name}, accuracy in %{kind}", *tasks, "all"]]
+                  + [[size, *(spread(cell(group, size, task)) for task in (*tasks, None))]
+                     for size in sizes])
+        return
+    table([[f"accuracy in %{kind}", *columns]]
+          + [[size, *(spread(cell(group, size)) for group in columns.values())] for size in sizes]
+          + [["parameters", *(f"{g[0]['config']['parameters']:,}" for g in columns.values())],
+             ["seeds", *(", ".join(str(f["config"]["seed"]) for f in g) for g in columns.values())]])
 
 
 if __name__ == "__main__":

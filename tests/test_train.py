@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import compare
+import export
 import prepare_babilong as babilong
 import sample
 import train
@@ -139,6 +141,32 @@ def test_resume_takes_rates_from_flags_but_no_other_model(data_dir, tmp_path, ca
     with pytest.raises(SystemExit):
         run(*flags(data_dir, tmp_path))
     assert "holds a run" in capsys.readouterr().err and weights(tmp_path)["iter_num"] == 3
+
+
+def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatch, capsys):
+    run(*flags(data_dir, "run"))
+    monkeypatch.setattr(sys, "argv", ["export.py", "run", "model.pt"])
+    export.main()
+    assert Path("model.pt").stat().st_size < Path("run/ckpt.pt").stat().st_size / 3
+    exported, _ = train.load_model(train.load_checkpoint("model.pt"), "cpu")
+    trained, _ = train.load_model(train.load_checkpoint("run"), "cpu")
+    for (name, p), q in zip(exported.named_parameters(), trained.parameters()):
+        assert p.dtype == torch.float32 and torch.equal(p, q.bfloat16().float()), name
+    command = ["--eval_only", "--out_dir=model.pt", "--device=cpu", "--eval_segments=2", "--eval_samples=5"]
+    run(*command)
+    figures = results(".", "eval.json")["results"]
+    shutil.copytree(data_dir, "other")
+    Path("other/eval/background.txt").write_text(Path(data_dir, "train/background.txt").read_text())
+    Path("other/meta.json").write_text(Path(data_dir, "meta.json").read_text().replace('hash": "', 'hash": "x'))
+    capsys.readouterr()
+    run(*command, "--data_dir=other")
+    assert "other is not what this model learned from" in capsys.readouterr().out
+    assert results(".", "eval.json")["results"] != figures  # of its own haystack, in the model's tokens
+    sample.main(sample.get_parser().parse_args(["--out_dir=model.pt", "--device=cpu"]))
+    assert capsys.readouterr().out.startswith("Where is Mary?")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--init_from=resume", "--out_dir=model.pt"])
+    assert "model.pt is a model, to evaluate" in capsys.readouterr().err
 
 
 def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
@@ -377,7 +405,10 @@ def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path, mon
     rows = table(*files)
     assert rows[0] == ["accuracy in %", "a1", "b"] and rows[-1] == ["seeds", "1, 2", "1"]
     a, b, c = (results(Path(file).parent)["results"][1]["accuracy"] for file in files)
-    assert rows[3] == ["1 seg.", f"{(a + b) / 2:.1f} ({min(a, b):.1f}–{max(a, b):.1f})", f"{c:.1f}"]
+    p = (c / 10 + 2) / 14  # of ten answers
+    interval = f"{c:.1f} ± {196 * (p * (1 - p) / 14) ** 0.5:.1f}"
+    assert rows[3] == ["1 seg.", f"{(a + b) / 2:.1f} ({min(a, b):.1f}–{max(a, b):.1f})", interval]
+    assert table("--by_task", files[2])[3] == ["1 seg.", interval, interval]
     for flag, texts in ("plot", {"a1", "b", "1 seg.", "2 seg."}), ("curves", {"1 seg.", "training loss"}):
         table(f"--{flag}={tmp_path / 'x.svg'}", *files)
         tree = ElementTree.parse(tmp_path / "x.svg")
