@@ -365,7 +365,8 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
         for text in texts:
             print(f"perplexity of held-out text, {text['segments']} segments at a time: "
                   f"{text['perplexity']} ({text['tokens']} tokens)")
-        config = {**vars(args), "parameters": model.num_params(), "iter_num": iter_num}
+        config = {**vars(args), **asdict(model.config), "parameters": model.num_params(),
+                  "iter_num": iter_num}
         results = {"config": config, "data_hash": evaluated.digest(), "results": rows,
                    "guesses": guesses, "perplexities": texts}
         name = "eval.json" if args.eval_only else "results.json"

@@ -2,7 +2,7 @@
 Several runs of train.py side by side, as Markdown. Runs that differ in their seed alone share a column,
 as mean (lowest–highest); a single run has its 95 % interval.
 
-$ python tests/compare.py out/results.json out-none/results.json
+$ python tests/compare.py out/results.json out/eval.json out-none/results.json
 $ python tests/compare.py --kind=outside out*/results.json       # facts outside the window alone
 $ python tests/compare.py --by_task out/results.json             # task by task
 $ python tests/compare.py --plot=accuracy.svg out*/results.json  # accuracy by length, as a picture
@@ -71,8 +71,8 @@ def load(path):
         results, folder, stem = json.loads(Path(path).read_text()), Path(path).parent, Path(path).stem
         name = folder.name + f" {stem}" * (stem not in ("results", "eval"))
         return {"folder": folder, "name": name, "config": results["config"],
-                "results": [{**row, "size": row["length"] or f"{row['segments']} seg."}
-                            for row in results["results"]]}
+                "results": {(row["length"] or f"{row['segments']} seg.", row["task"]): row
+                            for row in results["results"]}}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a results.json of train.py ({type(e).__name__})") from None
 
@@ -115,34 +115,36 @@ def main():
         return write_file(args.curves, curves(files[0]["folder"]))
     for file in files:
         other = *NOT_KEPT, "seed", "iter_num", "data_dir"
-        key = str(sorted((k, str(v)) for k, v in file["config"].items() if k not in other))
-        columns.setdefault(key, []).append(file)
-    columns = {group[0]["name"]: group for group in columns.values()}
+        key = str(sorted((k, str(v)) for k, v in file["config"].items() if k not in other and k[:5] != "eval_"))
+        column = columns.setdefault(key, {"name": file["name"], "config": file["config"], "runs": {}})
+        # of one seed are the training's table and those of later evaluations
+        column["runs"].setdefault(file["config"]["seed"], {}).update(file["results"])
+    columns = list(columns.values())
+    runs = [run for column in columns for run in column["runs"].values()]
+    tokens = {size: row["tokens"] for run in runs for (size, _), row in run.items()}
+    sizes, tasks = sorted(tokens, key=tokens.get), list(dict.fromkeys(task for run in runs for _, task in run))
 
-    def cell(group, size, task=None):
-        """The mean of each file of a column, over its tasks or of one."""
-        means = [mean([r for r in file["results"] if r["size"] == size and task in (None, r["task"])], kind)
-                 for file in group]
+    def cell(column, size, task=None):
+        """The mean of each run of a column, over its tasks or of one."""
+        means = [mean([row for (s, t), row in run.items() if s == size and task in (None, t)], kind)
+                 for run in column["runs"].values()]
         return [value for value in means if value]
 
-    sizes = list(dict.fromkeys(row["size"] for file in files for row in file["results"]))
     if args.plot:
-        series = {name: [(i, sum(v) / len(v), min(v), max(v)) for i, size in enumerate(sizes)
-                         if (v := [value for value, _ in cell(group, size)])]
-                  for name, group in columns.items()}
+        series = {column["name"]: [(i, sum(v) / len(v), min(v), max(v)) for i, size in enumerate(sizes)
+                                   if (v := [value for value, _ in cell(column, size)])]
+                  for column in columns}
         body = chart("accuracy in %", series, ticks=dict(enumerate(sizes)))
         return write_file(args.plot, svg(480, 240, "accuracy by length", body))
-    tasks = list(dict.fromkeys(row["task"] for file in files for row in file["results"]))
     if args.by_task:
-        for name, group in columns.items():
-            table([[f"{name}, accuracy in %{kind}", *tasks, "all"]]
-                  + [[size, *(spread(cell(group, size, task)) for task in (*tasks, None))]
-                     for size in sizes])
+        for column in columns:
+            table([[f"{column['name']}, accuracy in %{kind}", *tasks, "all"]]
+                  + [[size, *(spread(cell(column, size, task)) for task in (*tasks, None))] for size in sizes])
         return
-    table([[f"accuracy in %{kind}", *columns]]
-          + [[size, *(spread(cell(group, size)) for group in columns.values())] for size in sizes]
-          + [["parameters", *(f"{g[0]['config']['parameters']:,}" for g in columns.values())],
-             ["seeds", *(", ".join(str(f["config"]["seed"]) for f in g) for g in columns.values())]])
+    table([[f"accuracy in %{kind}", *(column["name"] for column in columns)]]
+          + [[size, *(spread(cell(column, size)) for column in columns)] for size in sizes]
+          + [["parameters", *(f"{column['config']['parameters']:,}" for column in columns)],
+             ["seeds", *(", ".join(map(str, column["runs"])) for column in columns)]])
 
 
 if __name__ == "__main__":

@@ -407,8 +407,12 @@ def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path, mon
     a, b, c = (results(Path(file).parent)["results"][1]["accuracy"] for file in files)
     p = (c / 10 + 2) / 14  # of ten answers
     interval = f"{c:.1f} ± {196 * (p * (1 - p) / 14) ** 0.5:.1f}"
-    assert rows[3] == ["1 seg.", f"{(a + b) / 2:.1f} ({min(a, b):.1f}–{max(a, b):.1f})", interval]
-    assert table("--by_task", files[2])[3] == ["1 seg.", interval, interval]
+    assert rows[2] == ["1 seg.", f"{(a + b) / 2:.1f} ({min(a, b):.1f}–{max(a, b):.1f})", interval]
+    assert table("--by_task", files[2])[2] == ["1 seg.", interval, interval]
+    run("--eval_only", f"--out_dir={tmp_path / 'b'}", "--device=cpu", "--eval_segments=3", "--eval_samples=4")
+    rows = table(files[2], str(tmp_path / "b" / "eval.json"))
+    assert rows[0] == ["accuracy in %", "b"]  # one run, of which another row is known now
+    assert {"1 seg.", "2 seg.", "3 seg."} <= {size for size, *_ in rows}
     for flag, texts in ("plot", {"a1", "b", "1 seg.", "2 seg."}), ("curves", {"1 seg.", "training loss"}):
         table(f"--{flag}={tmp_path / 'x.svg'}", *files)
         tree = ElementTree.parse(tmp_path / "x.svg")
