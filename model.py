@@ -29,7 +29,8 @@ so a read can prefer the later of two facts. Other rules, measured: README and t
 
 The equations, as printed and as here. E: tokens' states, M: the bank. Here h: the block's input,
 normalised, c: the row of a chunk, m: slots, normalised.
-(1) Q = E W_Q, K = M W_K, V = M W_V     Q is self-attention's: window and bank are asked the same
+(1) Q = E W_Q, K = M W_K, V = M W_V     K = m W_K, V = m W_V; Q is self-attention's: one query for
+                                        segment and bank
     A = softmax(Q K^T / sqrt(d))        with positions, and a prior of (i + 1)^-3 on slot i, its age
     E_mem = A V                         as printed
 (2) g_out = sigmoid(E_mem W_out)        as printed
@@ -93,14 +94,14 @@ def rms_norm(x, eps=1e-5):
 
 
 def rope_table(config, positions):
-    """cos and sin (P, D) of rotary position embedding at positions (P,), float or int."""
+    """cos and sin (n, D) of rotary position embedding at positions (n,), float or int."""
     D = config.n_embd // config.n_head
     freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     if config.rope_scaling:  # long waves are stretched, short ones kept, those in between mixed
         factor, low, high, old_block_size = config.rope_scaling
         kept = ((old_block_size * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (kept + (1 - kept) / factor)
-    angle = torch.outer(positions.float(), freq).repeat(1, 2)  # (P, D)
+    angle = torch.outer(positions.float(), freq).repeat(1, 2)  # (n, D)
     return angle.cos(), angle.sin()
 
 

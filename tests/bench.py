@@ -2,7 +2,7 @@
 How fast it is: one table after the other, on the CPU or a GPU.
 
 $ python tests/bench.py --rounds=7            # all but gpt2: about 10 minutes on two cores
-$ python tests/bench.py small large           # some of it: small, large, compiled, segments, stream
+$ python tests/bench.py small large           # some of it; -h lists all
 $ python tests/bench.py gpt2 --device=cuda    # 124 M parameters, compiled, bfloat16
 
 What is compared runs in turns in one process: a figure is the median of the rounds, with the lowest
@@ -56,7 +56,33 @@ def step_of(model, B, S, T, bfloat16=False):
             torch.cuda.synchronize()
 
     step.tokens = B * S * T
+    # forward and backward take 6 operations for each token and weight of a matrix, the embedding not
+    weights = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
+    step.operations = 6 * step.tokens * sum(weights.values())
     return step
+
+
+def generation_of(model, n=64):
+    """A function that continues a text of two segments by n tokens, greedily."""
+    idx = torch.randint(2048, (1, 2 * model.config.block_size)).to(model.cos.device)
+
+    def step():
+        model.generate(idx, n, temperature=0)
+
+    model.eval()
+    step.tokens, step.operations = n, None
+    return step
+
+
+def peak(device):
+    """Operations per second of a large product of float32 matrices, the most of five."""
+    a = torch.randn(2048, 2048, device=device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
 
 
 def in_turns(steps, rounds):
@@ -80,21 +106,22 @@ def table(title, header, rows):
     print(f"\n{title}\n\n" + "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines), flush=True)
 
 
-def compare(title, steps, rounds):
-    """A table of tokens/s, and of the ratio to the first and the second of {name: step function}."""
-    seconds = in_turns(steps, rounds)
+def compare(title, steps, rounds, device):
+    """A table of {name: step function}: tokens/s, ratios to the first two, share of float32's peak."""
+    seconds, most = in_turns(steps, rounds), peak(device)
     first, second = list(steps)[:2]
     ratios = {name: [[x / y for x, y in zip(seconds[of], s)] for of in (first, second)]
               for name, s in seconds.items()}
-    table(title, ["", "tokens/s", f"of {first}", f"of {second}"],
-          [[name, spread([steps[name].tokens / x for x in s]), *(spread(r, 2) for r in ratios[name])]
+    table(title, ["", "tokens/s", f"of {first}", f"of {second}", f"of {most / 1e9:.0f} GFLOP/s"],
+          [[name, spread([steps[name].tokens / x for x in s]), *(spread(r, 2) for r in ratios[name]),
+            f"{steps[name].operations / statistics.median(s) / most:.0%}" if steps[name].operations else ""]
            for name, s in seconds.items()])
 
 
 def bench_small(device, rounds):
     steps = {kind: step_of(make(device, **{**SMALL, "memory_type": kind}), 4, 16, 64)
              for kind in ("none", "rmt", "lm2")}
-    compare("The main job's model, 4 texts of 16 segments of 64 tokens", steps, rounds)
+    compare("The main job's model, 4 texts of 16 segments of 64 tokens", steps, rounds, device)
 
 
 def bench_large(device, rounds):
@@ -107,7 +134,7 @@ def bench_large(device, rounds):
             num_attention_heads=6, tie_word_embeddings=False)).to(device), 2, 2, 512)
     except ImportError:
         print("transformers is not installed: no comparison with its Llama")
-    compare("6 blocks, width 384, 2 texts of 2 segments of 512 tokens", steps, rounds)
+    compare("6 blocks, width 384, 2 texts of 2 segments of 512 tokens", steps, rounds, device)
 
 
 def bench_compiled(device, rounds):
@@ -120,7 +147,7 @@ def bench_compiled(device, rounds):
             start = time.perf_counter()
             steps[name]()
             print(f"{name}: first step {time.perf_counter() - start:.0f} s")
-    compare("Compiled blocks: the main job's model, 4 texts of 16 segments", steps, rounds)
+    compare("Compiled blocks: the main job's model, 4 texts of 16 segments", steps, rounds, device)
 
 
 def bench_segments(device, rounds):
@@ -129,7 +156,13 @@ def bench_segments(device, rounds):
         for S in 2, 8, 32:
             model = make(device, **SMALL, activation_checkpointing=again)
             steps[f"{S} segments" + ", --activation_checkpointing" * again] = step_of(model, 8, S, 64)
-    compare("More segments: the main job's model, 8 texts", steps, rounds)
+    compare("More segments: the main job's model, 8 texts", steps, rounds, device)
+
+
+def bench_generate(device, rounds):
+    steps = {kind: generation_of(make(device, **{**SMALL, "memory_type": kind}))
+             for kind in ("none", "rmt", "lm2")}
+    compare("Generation after two segments, 64 tokens, one text", steps, rounds, device)
 
 
 def bench_stream(device, rounds):
@@ -146,7 +179,7 @@ def bench_stream(device, rounds):
 def bench_gpt2(device, rounds):
     steps = {kind: step_of(make(device, True, **{**GPT2, "memory_type": kind}), 8, 4, 1024, True)
              for kind in ("none", "lm2")}
-    compare("124 M parameters, compiled, bfloat16, 8 texts of 4 segments", steps, rounds)
+    compare("124 M parameters, compiled, bfloat16, 8 texts of 4 segments", steps, rounds, device)
 
 
 BENCHES = {name.removeprefix("bench_"): function for name, function in list(globals().items())
