@@ -124,6 +124,23 @@ def bench_small(device, rounds):
     compare("The main job's model, 4 texts of 16 segments of 64 tokens", steps, rounds, device)
 
 
+def bench_profile(device, rounds):
+    spent = []  # milliseconds of each operation in a step, without and with a memory
+    for kind in "none", "lm2":
+        step = step_of(make(device, **{**SMALL, "memory_type": kind}), 4, 16, 64)
+        step()
+        with torch.profiler.profile() as profile:
+            for _ in range(rounds):
+                step()
+        of = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
+        spent.append({e.key: getattr(e, of) / 1000 / rounds for e in profile.key_averages()})
+    none, lm2 = spent
+    most = sorted(lm2, key=lambda name: none.get(name, 0) - lm2[name])[:8]
+    rows = [[name, *(f"{part.get(name, 0):.1f}" for part in spent)] for name in most]
+    rows.append(["all", *(f"{sum(part.values()):.1f}" for part in spent)])
+    table("Where the time goes: the main job's model, ms of a step", ["", "none", "lm2"], rows)
+
+
 def bench_large(device, rounds):
     steps = {kind: step_of(make(device, **{**LARGE, "memory_type": kind}), 2, 2, 512)
              for kind in ("none", "lm2")}
