@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,9 +57,9 @@ def step_of(model, B, S, T, bfloat16=False):
             torch.cuda.synchronize()
 
     step.tokens = B * S * T
-    # forward and backward take 6 operations for each token and weight of a matrix, the embedding not
-    weights = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
-    step.operations = 6 * step.tokens * sum(weights.values())
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    step.operations = counter.get_total_flops()
     return step
 
 
