@@ -218,7 +218,8 @@ def main(args):
     if not text.strip() or text != text.encode(errors="replace").decode():
         raise ValueError("--start holds no text, or it is not in UTF-8")
     torch.manual_seed(args.seed)
-    checkpoint = load_checkpoint(args.out_dir or ("out" if Path("out").exists() else MODEL))
+    trained = Path("out/ckpt.pt").exists()
+    checkpoint = load_checkpoint(args.out_dir or ("out" if trained else MODEL))
     model, encoding = load_model(checkpoint, pick_device(args.device))
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     layers = args.heatmap_layer or banks[len(banks) // 2 :][:1]
