@@ -120,6 +120,7 @@ class World:
     def ask(self):
         """(question, answer, support) about one of the last five statements, or None."""
         recent = self.events[-5:]
+        # ten times: what ask_about asks is drawn, and may be what a reader cannot know
         for focus in self.rng.sample(recent, len(recent)) * 10:
             if focus.kind in FOCUS[self.task] and (question := self.ask_about(focus)):
                 return question
@@ -194,6 +195,7 @@ class VagueWorld(World):
             kind, places = "not", [old]
             text = f"is {rng.choice(('not', 'no longer'))} in the {old}"
         else:
+            # perhaps twice the same, as published
             kind, places = "either", [new, rng.choice(self.places)]
             rng.shuffle(places)
             text = f"is either in the {places[0]} or the {places[1]}"
@@ -401,8 +403,8 @@ def read_background(paths=None):
     return sentences
 
 
-# a newline is always a token of its own; a word takes along the space before it; every character
-# matches something; the bound is for tiktoken, which a million spaces in a row would overflow
+# a newline is a token of its own, a word takes along the space before it, every character matches
+# something. The bound of 64 is for tiktoken, which a million spaces in a row would overflow
 PATTERN = r"\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|[^\S\n]{1,64}(?=[^\S\n])|[^\S\n]"
 # how the tokenizer of Llama 3 cuts text; its file holds the ranks alone
 LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -415,9 +417,9 @@ def train_tokenizer(sentences, vocab_size):
     text = " ".join(f"{line.text} {line.answer}" for story in stories for line in story)
     words = set(re.findall(r"\w+", text)).union(*LABELS.values())
     babi = sorted(w.encode() for word in words for w in (word, " " + word))
-    # near enough, for Python's re
-    pattern = PATTERN.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
-    counts = Counter(piece.encode() for s in sentences for piece in re.findall(pattern, " " + s))
+    # pieces to merge within: words and numbers; punctuation stays single bytes
+    pieces = (piece for s in sentences for piece in re.findall(r" ?[^\W\d_]+| ?\d+", " " + s))
+    counts = Counter(piece.encode() for piece in pieces)
     pieces = [[bytes([b]) for b in piece] for piece in counts]
     counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)
 
@@ -511,8 +513,8 @@ def find_tokenizer(name):
 Sample = namedtuple("Sample", "tokens answers prompt question target facts support")
 
 
-def parse_length(length):
-    """Characters of text in a length of BABILong: '0k', '4k' or '1M'."""
+def characters(length):
+    """Characters (bytes, if not English) of text in a length of BABILong: '0k', '4k' or '1M'."""
     return int(length[:-1]) * CHARS_PER_1K * {"k": 1, "M": 1000}[length[-1]]
 
 
@@ -604,7 +606,8 @@ class Babilong:
             sample = story and self.compose(task, rng, story, segments, length, dense, noise)
             if sample:
                 return sample
-        raise ValueError(f"no story of {task} fits {segments} segments of {T} tokens: take more")
+        size = f"{length} in segments" if length else f"{segments} segments"
+        raise ValueError(f"no story of {task} fits {size} of {T} tokens: take more")
 
     def compose(self, task, rng, story, segments, length, dense, noise):
         """The Sample of a story that ends with a question, or None if it does not fit."""
@@ -621,7 +624,7 @@ class Babilong:
         # `slack` tokens to the next segment
         cost = self.chars if length else self.ones
         slack = sum(len(text + answer) - 1 for _, text, answer in body if answer)
-        budget = parse_length(length) if length else segments * T - slack
+        budget = characters(length) if length else segments * T - slack
         budget -= sum(cost[t] for _, text, answer in body + end for t in text + answer)
         budget -= sum(cost[t] for t in padding)
         if size > T or (budget < 0 and not length):
@@ -752,7 +755,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     """
     data_dir = Path(data_dir)
     ours = {"tokenizer.json", "meta.json", "train", "eval"}
-    if foreign := {p.name.removesuffix(".tmp") for p in data_dir.glob("*")} - ours:
+    if foreign := {p.name.removesuffix(".tmp") for p in data_dir.glob("[!.]*")} - ours:
         raise ValueError(f"{data_dir} holds {min(foreign)}, which is not of prepare_babilong.py: "
                          "name another --data_dir")
     for split in "train", "eval":  # before the work, so that a mistake shows at once
@@ -804,7 +807,7 @@ def load_data(data_dir, block_size, tokenizer=None):
                        if split.name == "eval" or meta["stories"] != "simulated"}
             sentences = read_text(split / "background.txt").splitlines()
             splits.append(Babilong(encoding, stories or None, sentences, block_size))
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f"{data_dir} cannot be used ({e}): run prepare_babilong.py again") from None
     return *splits, meta
@@ -936,7 +939,10 @@ def main():
         print(f"wrote {args.data_dir}: {', '.join(f'{k} {v}' for k, v in meta.items())}")
     if args.show:
         data = load_data(args.data_dir, args.block_size)[1]
-        show(data, args.show, segments=args.segments, length=args.length)
+        if args.show not in data.stories:
+            raise ValueError(f"{args.data_dir} holds no {args.show}: prepare it with --tasks")
+        size = {"length": args.length} if args.length else {"segments": args.segments}
+        show(data, args.show, **size)
 
 
 if __name__ == "__main__":

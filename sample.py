@@ -48,11 +48,15 @@ class Reader:
     def __init__(self, model, encoding, layers=(), show_memory=False, plain=False):
         self.model, self.encoding, self.layers = model.requires_grad_(False), encoding, layers
         self.encode, self.show_memory, self.plain = partial(encode, encoding), show_memory, plain
-        for n in layers:  # what block n reads is kept in self.A
+        for n in layers:
             memory = model.blocks[n - 1].memory
-            memory.attention = lambda *args, n=n, attention=memory.attention: (
-                self.A.update({n: attention(*args)}) or self.A[n])  # (1, H, T, N)
+            memory.attention = partial(self.keep, n, memory.attention)
         self.begin()
+
+    def keep(self, n, attention, *args):
+        """Block n's attention (1, H, T, N), kept to be looked at."""
+        self.A[n] = attention(*args)
+        return self.A[n]
 
     def begin(self, *state):
         """Forgets everything, or begins from a state."""
@@ -84,7 +88,8 @@ class Reader:
         """Reads text; answers its last sentence if that is a question, else continues it."""
         *before, last = [text] if self.plain else split_sentences(text)
         self.read(" ".join(before))
-        most, temperature, stop = args.max_new_tokens, 0.8, None
+        # nothing that was made up may enter a memory that is saved
+        most, temperature, stop = 0 if args.save_memory else args.max_new_tokens, 0.8, None
         if last.endswith("?") and not self.plain:
             most, temperature, stop = args.answer_tokens, 0.0, "."
             # as in training, newlines fill a segment that cannot hold question and answer
@@ -112,7 +117,10 @@ class Reader:
         return {n: A[0].mean(dim=0).float().cpu() for n, A in self.A.items()}
 
     def show(self):
-        """Prints what the slots hold, and which token of the last segment attends most to each."""
+        """
+        Prints what the slots hold, and which token of the last segment attends most to each; a full
+        segment is read once more, with its own chunks in the bank.
+        """
         for n, A in self.look(self.state[0]).items():
             print(f"block {n}: {len(self.queues[n])} of {A.size(1)} slots written in this session")
             for i, text in enumerate(self.queues[n]):
@@ -174,7 +182,7 @@ def get_parser():
          "there is one assets/ten-tasks.pt")
     flag("start", STORY, "the text to read, or FILE:path")
     flag("interactive", False, "read the lines that are typed, answer those that end in ?")
-    flag("max_new_tokens", 100, "how far a text is continued", count)
+    flag("max_new_tokens", 100, "how far a text is continued; with --save_memory: not", count)
     flag("answer_tokens", 8, "how long an answer can get", size)
     flag("temperature", None, "default: 0 for a question, else 0.8", number(float, 0, 100))
     flag("top_k", 50, "sample from the k likeliest tokens; 0: from all", count)
@@ -206,7 +214,7 @@ def chat(reader, args):
             elif line.endswith("?"):
                 reader.respond(line, args)
             else:
-                reader.read(line)
+                reader.read(line + "\n")
         except EOFError:
             return print()
         except (ValueError, OSError, KeyboardInterrupt) as e:
@@ -224,7 +232,7 @@ def main(args):
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     layers = args.heatmap_layer or banks[len(banks) // 2 :][:1]
     if not set(layers) <= set(banks) or (args.heatmap or args.show_memory) and not banks:
-        raise ValueError(f"blocks with a memory bank to look at: {banks or 'none'}")
+        raise ValueError(f"there is no such bank to look at: the blocks with one are {banks}")
     reader = Reader(model, encoding, layers, args.show_memory, checkpoint["args"].get("data"))
     if args.memory_file:
         reader.load(args.memory_file)

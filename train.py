@@ -107,8 +107,8 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
-    flag("claim_price", 0.01, "while the learning rate falls, of writing some chunks, not all or "
-         "none", rate)
+    flag("claim_price", 0.01, "while the learning rate falls, times share x (1 - share) of the "
+         "chunks that a block writes, a part of the loss", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
@@ -132,11 +132,14 @@ def parse_args(argv=None):
             checkpoint = load_checkpoint(args.out_dir)
             parser.set_defaults(**checkpoint["args"])
             fixed = {n: v for n, v in checkpoint["config"].items() if n not in MAY_CHANGE}
+            if fixed["memory_type"] == "rmt":  # its memory tokens are weights
+                fixed["memory_slots"] = checkpoint["config"]["memory_slots"]
         elif args.init_from != "scratch":
             fixed = {**llama_config(args.init_from), "qk_norm": False, "token_shift": False}
         elif args.preset:
             parser.set_defaults(**PRESETS[args.preset])
         fixed.pop("vocab_size", None)
+        # also fields of the config that are no flags, like rope_theta
         parser.set_defaults(**fixed)
         args = parser.parse_args(argv)
         config = model_config(args, 0)
@@ -157,6 +160,8 @@ def parse_args(argv=None):
              "--intervention needs a model with memory, and no --retrieve"),
             (args.freeze_decoder and config.memory_type == "none",
              "--freeze_decoder leaves nothing to train in a model without memory"),
+            (args.preset and (checkpoint or args.init_from != "scratch"),
+             "--preset is for a new model"),
             (Path(args.out_dir).is_file() and not args.eval_only,
              f"{args.out_dir} is a model, to evaluate or to read with: training needs a folder"),
             (len(args.curriculum) < stage, f"--curriculum ends before the run's stage {stage}"),
@@ -282,6 +287,7 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
                 right = babilong.score(task, s.question, s.target, data.encoding.decode(answer))
                 # do the facts that it takes lie before the last segment?
                 outside = s.facts and all(s.facts[i][1] <= len(s.tokens) - T for i in s.support)
+                # right; is it counted: in all, among those from outside the last segment; tokens
                 answers.append((right, True, bool(outside), len(s.tokens)))
     if WORLD > 1:
         gathered = [None] * WORLD
@@ -308,7 +314,7 @@ def shares(rows):
 
 @torch.no_grad()
 def perplexity(model, data, segments):
-    """exp of the mean loss over data's documents, cut into texts of so many segments, or None."""
+    """{segments, perplexity, tokens} of data's documents in texts of so many segments, or None."""
     size, device = segments * model.config.block_size, model.embed.weight.device
     texts = [d[: len(d) // size * size] for d in data.documents]
     tokens = torch.from_numpy(np.concatenate(texts)).view(-1, size).to(device)
@@ -331,8 +337,9 @@ def print_table(rows, guesses):
     print(f"\n{'accuracy in %':<15}  tokens      n {tasks}    all")
     for name in "majority", "question_only":
         line(name, "", "", [g[name] for g in guesses])
-    for kind, title in ("", ""), ("_outside", "no fact that it takes lies in the last segment:\n"):
-        print(title, end="")
+    for kind, title in ("", ""), ("_outside", "all facts needed lie before the last segment:\n"):
+        if any(r["n" + kind] for r in rows):
+            print(title, end="")
         for name, row in groupby(rows, key=lambda r: r["length"] or f"{r['segments']} seg."):
             row = list(row)
             if n := sum(r["n" + kind] for r in row):
@@ -346,12 +353,12 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
     """Evaluates, prints the table and writes results.json, or eval.json."""
     sizes = [{"length": length} for length in args.eval_lengths]
     sizes += [{"segments": s} for s in args.eval_segments if s and not args.babilong_dir]
-    plan, long, rows = [*product(sizes, args.tasks)], babilong.parse_length("8k"), []
+    plan, long, rows = [*product(sizes, args.tasks)], babilong.characters("8k"), []
     for size, task in tqdm(plan, "evaluating", leave=False, disable=None if RANK == 0 else True):
         n = args.eval_samples
         if args.babilong_dir:
             n = min(n, len(evaluated.read(task, size["length"])))
-        elif babilong.parse_length(size.get("length", "0k")) > long:
+        elif babilong.characters(size.get("length", "0k")) > long:
             n = -(-n // 10)
         how = args.intervention, args.retrieve
         rows.append(evaluate(model, evaluated, task, seed, n, *how, **size))
@@ -435,7 +442,7 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
     network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
     stopped = []
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stopped.append(number))
+        signal.signal(name, lambda *_: stopped.append(True))
     if RANK == 0:
         path = Path(args.out_dir, "log.jsonl")  # less what was logged since the checkpoint
         write_file(path, path.read_bytes()[: checkpoint["log_size"]] if checkpoint else "")
@@ -482,7 +489,7 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
         up = (it + 1) / max(1, args.warmup_iters)
         down = (args.max_iters - it) / max(1e-9, args.decay_share * args.max_iters)
         schedule = min(1, up, down)
-        # not before: what reads has to be learned first
+        # only while it falls: reading must be learned first
         price = args.claim_price if down < 1 else 0.0
         for optimizer, peak in zip(optimizers, (args.learning_rate, args.muon_lr)):
             for group in optimizer.param_groups:
@@ -492,14 +499,14 @@ def train(args, checkpoint, model, training, held_out, meta, amp):
         losses, right = 0.0, torch.zeros(len(running))
         for parts in zip(*(part.tensor_split(args.gradient_accumulation_steps) for part in batch)):
             idx, targets, answer, first = (part.to(device) for part in parts)
-            # mean over all targets + answer_weight * mean over the answers', over the whole step
+            # (mean over all targets + answer_weight * mean over the answers') / (1 + answer_weight)
             weights = (targets != -1) / n_targets + args.answer_weight * answer / n_answers
+            weights = weights / (1 + args.answer_weight)
             with amp:
-                weights = weights / (1 + args.answer_weight)
                 x, loss, _ = network(idx, targets, weights=weights, claim_price=price)
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean of what is a sum
             losses += loss.item()
-            with torch.no_grad():
+            with torch.no_grad():  # of each answer its first token, with the true text before it
                 at = first >= 0
                 right += by_task(first[at][model.head(x[at]).argmax(-1) == targets[at]])
         clip = args.grad_clip or math.inf
@@ -652,7 +659,7 @@ if __name__ == "__main__":
         sys.exit(f"train.py: error: {e}")
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            sys.exit("train.py: error: the memory is full: lower --batch_size, or raise "
+            sys.exit("train.py: error: out of memory: lower --batch_size, or raise "
                      f"--gradient_accumulation_steps ({first_line(e)})")
         if dist.is_initialized():
             sys.exit(f"train.py: error: another process has ended or is lost ({first_line(e)})")

@@ -297,6 +297,9 @@ def test_command_line_writes_and_shows(tmp_path, haystack, monkeypatch, capsys):
     first, again, other, shown = outputs
     assert first == again != other and "hash" in first
     assert re.search(r"\[\[ \w+ [\w ]+\.\]\]", shown) and "target: " in shown
+    monkeypatch.setattr("sys.argv", ["prepare_babilong.py", f"--data_dir={tmp_path / 'data'}", "--show=qa2"])
+    with pytest.raises(ValueError, match="holds no qa2: prepare it with --tasks"):
+        babilong.main()
 
 
 def test_files_are_written_where_links_point_to_with_their_mode(tmp_path):
@@ -433,7 +436,7 @@ def test_sizes(data):
     for k in (1, 4, 16):
         text = data.encoding.decode(data.sample("qa1", 0, k, length=f"{k}k").tokens)
         assert len(text.replace("\n", "")) == pytest.approx(4200 * k, abs=60)
-    assert babilong.parse_length("1M") == 4_200_000
+    assert babilong.characters("1M") == 4_200_000
     for bad in "4", "k", "-1k", "4kk", "", "1.5k":
         with pytest.raises(babilong.ArgumentTypeError, match="like 0k"):
             babilong.length(bad)

@@ -132,6 +132,7 @@ def test_resume_takes_rates_from_flags_but_no_other_model(data_dir, tmp_path, ca
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0, 0.3] and groups[0]["betas"] == (0.5, 0.6)
     assert run(*resume, "--memory_slots=9") == 0  # at its end; no weight depends on N
     for extra, complaint in (("--n_embd=64", "--n_embd=64, but the model"), ("--max_iters=2", "at step 3"),
+                             ("--preset=lm2-1.7b", "--preset is for a new model"),
                              ("--curriculum=1", "ends before the run's stage 2")):
         with pytest.raises(SystemExit) as e:
             run(*resume, extra)
@@ -141,6 +142,10 @@ def test_resume_takes_rates_from_flags_but_no_other_model(data_dir, tmp_path, ca
     with pytest.raises(SystemExit):
         run(*flags(data_dir, tmp_path))
     assert "holds a run" in capsys.readouterr().err and weights(tmp_path)["iter_num"] == 3
+    run(*flags(data_dir, tmp_path / "rmt", memory_type="rmt", max_iters=1))
+    with pytest.raises(SystemExit):  # RMT's memory tokens are weights
+        run("--init_from=resume", f"--out_dir={tmp_path / 'rmt'}", "--memory_slots=9")
+    assert "--memory_slots=9, but the model it starts from has 4" in capsys.readouterr().err
 
 
 def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatch, capsys):
