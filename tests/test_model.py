@@ -3,7 +3,9 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,3 +363,13 @@ def test_the_papers_size():
     block, memory = 2 * d * d + 2 * d * kv + 3 * d * 8192 + 2 * d, 6 * d * d + 2 * d * kv + d
     assert decoder == 128256 * d + 16 * block + d == 1_235_814_400
     assert model.num_params() - decoder == 16 * memory == 436_240_384
+
+def test_readme_links_lead_to_the_equations():
+    root, number = Path(__file__).parent.parent, None
+    code, links = (root / "model.py").read_text().splitlines(), Counter()
+    for row in (root / "README.md").read_text().splitlines():
+        number = (re.match(r"\| \((\d)\)", row) or [None, number])[1]  # a row without goes on
+        for line in re.findall(r"\]\(model\.py#L(\d+)\)", row) if row.startswith("| ") else ():
+            assert f"# ({number})" in code[int(line) - 1], row
+            links[number] += 1
+    assert set(links) == set("123456")
