@@ -132,7 +132,7 @@ def parse_args(argv=None):
             checkpoint = load_checkpoint(args.out_dir)
             parser.set_defaults(**checkpoint["args"])
             fixed = {n: v for n, v in checkpoint["config"].items() if n not in MAY_CHANGE}
-            if fixed["memory_type"] == "rmt":  # its memory tokens are weights
+            if fixed.get("memory_type") == "rmt":  # its memory tokens are weights
                 fixed["memory_slots"] = checkpoint["config"]["memory_slots"]
         elif args.init_from != "scratch":
             fixed = {**llama_config(args.init_from), "qk_norm": False, "token_shift": False}
