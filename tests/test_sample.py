@@ -56,6 +56,15 @@ def test_answer_is_the_models_and_looking_changes_nothing(out_dir, encoding, cap
         assert torch.allclose(saved["memory"], memory, atol=1e-5) and saved["tail"].equal(tail)
 
 
+def test_the_model_that_comes_along_answers(capsys):
+    noise = "The default value is the empty string, which means that nothing is left out. " * 20
+    for story, answer in (("Mary went to the office. John moved to the garden. Where is Mary?", "office"),
+                          (f"Sandra got the milk. {noise}What is Sandra carrying?", "milk"),
+                          (f"John moved to the garden. {noise}Is John in the garden?", "yes")):
+        call(f"--start={story}")  # no out/ here, so it is assets/ten-tasks.pt
+        assert capsys.readouterr().out.endswith(f"? {answer}.\n")
+
+
 def test_question_and_answer_share_a_segment(reader, capsys):
     for n in range(1, 33):
         reader.begin()
