@@ -36,7 +36,7 @@ normalised, c: the row of a chunk, m: slots, normalised.
 (2) g_out = sigmoid(E_mem W_out)        as printed
     E_gated = g_out * M                 g_out * E_mem: M does not have the shape
 (3) E_next = E_attn + E_gated           as printed, before the one output projection W_O
-(4) g_in = sigmoid(E W_in)              sigmoid(c W_in + m U_in): N rows; sees both, as in an LSTM
+(4) g_in = sigmoid(E W_in)              sigmoid(c W_in + m U_in): P rows; sees both, as in an LSTM
 (5) g_forget = sigmoid(E_mem W_forget)  sigmoid(c W_forget + m U_forget): likewise
 (6) M' = g_in tanh(E_mem) + g_forget M  g_in tanh(c W_c) + g_forget M, as far as claimed: E_mem is
                                         what was read, and nothing new could ever enter the bank
@@ -233,7 +233,7 @@ class Memory(nn.Module):
 
     def attention(self, q, m, attn):
         """A (B*S, H, T, N): queries q (B*S, H, T, D) of `attn`, normalised slots m (B, S, N, C)."""
-        # (1)  K = M W_K; Q = E W_Q is self-attention's
+        # (1)  K = m W_K; Q = E W_Q is self-attention's
         k = rotate(attn.heads(self.wk(m), norm=True), (self.cos, self.sin))  # (B*S, K, N, D)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B*S, H, N, D)
         # (1)  A = softmax(Q K^T / sqrt(d) + age), if asked over the top k slots alone
@@ -247,7 +247,7 @@ class Memory(nn.Module):
         """E_gated (B, S, T, C), what queries q (B*S, H, T, D) of `attn` read in M (B, S, N, C)."""
         m = rms_norm(M, 1e-20)  # (B, S, N, C)
         A = self.attention(q, m, attn)  # (B*S, H, T, N)
-        # (1)  V = M W_V, E_mem = A V
+        # (1)  V = m W_V, E_mem = A V
         v = attn.heads(self.wv(m))  # (B*S, K, N, D)
         E_mem = A @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B*S, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2).unflatten(0, M.shape[:2])  # (B, S, T, C)

@@ -117,10 +117,8 @@ class Reader:
         return {n: A[0].mean(dim=0).float().cpu() for n, A in self.A.items()}
 
     def show(self):
-        """
-        Prints what the slots hold, and which token of the last segment attends most to each; a full
-        segment is read once more, with its own chunks in the bank.
-        """
+        """Prints what the slots hold, and which token of the last segment attends most to each."""
+        # a full segment is read once more, with its own chunks in the bank
         for n, A in self.look(self.state[0]).items():
             print(f"block {n}: {len(self.queues[n])} of {A.size(1)} slots written in this session")
             for i, text in enumerate(self.queues[n]):
@@ -226,8 +224,8 @@ def main(args):
     if not text.strip() or text != text.encode(errors="replace").decode():
         raise ValueError("--start holds no text, or it is not in UTF-8")
     torch.manual_seed(args.seed)
-    trained = Path("out/ckpt.pt").exists()
-    checkpoint = load_checkpoint(args.out_dir or ("out" if trained else MODEL))
+    default = "out" if Path("out/ckpt.pt").exists() else MODEL
+    checkpoint = load_checkpoint(args.out_dir or default)
     model, encoding = load_model(checkpoint, pick_device(args.device))
     banks = [n for n, block in enumerate(model.blocks, start=1) if block.memory is not None]
     layers = args.heatmap_layer or banks[len(banks) // 2 :][:1]
