@@ -681,7 +681,7 @@ class Published(Babilong):
     """BABILong's published samples, folder/task/length.json; their support is not known."""
 
     def __init__(self, like, folder):
-        super().__init__(like.encoding, None, like.sentences, like.block_size)
+        super().__init__(like.encoding, like.stories, like.sentences, like.block_size)
         self.folder = folder
 
     @lru_cache

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -320,7 +319,7 @@ def perplexity(model, data, segments):
     tokens = torch.from_numpy(np.concatenate(texts)).view(-1, size).to(device)
     if size == 1 or not len(tokens):  # nothing to predict
         return None
-    targets = F.pad(tokens[:, 1:], (0, 1), value=-1)
+    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1)
     losses = [model(i, t)[1].item() * len(i) for i, t in zip(tokens.split(16), targets.split(16))]
     value = round(math.exp(sum(losses) / len(tokens)), 3)
     return {"segments": segments, "perplexity": value, "tokens": tokens.numel()}
@@ -349,7 +348,7 @@ def print_table(rows, guesses):
         print(text)
 
 
-def final_table(args, model, training, held_out, evaluated, seed, iter_num):
+def final_table(args, checkpoint, model, training, evaluated, seed):
     """Evaluates, prints the table and writes results.json, or eval.json."""
     sizes = [{"length": length} for length in args.eval_lengths]
     sizes += [{"segments": s} for s in args.eval_segments if s and not args.babilong_dir]
@@ -363,8 +362,7 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
         how = args.intervention, args.retrieve
         rows.append(evaluate(model, evaluated, task, seed, n, *how, **size))
     if RANK == 0:
-        stories = held_out if args.babilong_dir else evaluated
-        guesses = [training.guess(stories, task) for task in args.tasks]
+        guesses = [training.guess(evaluated, task) for task in args.tasks]
         if rows:
             print_table(rows, guesses)
         lengths = [s for s in args.eval_segments if s] if args.data else [max(args.curriculum)]
@@ -373,7 +371,7 @@ def final_table(args, model, training, held_out, evaluated, seed, iter_num):
             print(f"perplexity of held-out text, {text['segments']} segments at a time: "
                   f"{text['perplexity']} ({text['tokens']} tokens)")
         config = {**vars(args), **asdict(model.config), "parameters": model.num_params(),
-                  "iter_num": iter_num}
+                  "iter_num": checkpoint["iter_num"] if args.eval_only else args.max_iters}
         results = {"config": config, "data_hash": evaluated.digest(), "results": rows,
                    "guesses": guesses, "perplexities": texts}
         name = "eval.json" if args.eval_only else "results.json"
@@ -418,8 +416,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, args):
     """AdamW and, if muon_lr > 0, Muon for the matrices inside the blocks."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2 and args.muon_lr]
-    inside = {id(p) for p in muon}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    inside = set(muon)
+    rest = [p for p in model.parameters() if p not in inside]
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": args.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, args.learning_rate, (args.beta1, args.beta2))]
@@ -451,9 +449,11 @@ def get_batch(data, args, it, segments, noise, running):
     return [torch.from_numpy(part) for part in (idx, targets, answer, first)]
 
 
-def train(args, checkpoint, model, training, held_out, meta, amp):
+def train(args, checkpoint, model, training, held_out, meta):
     """The loop. Returns True at its end, False after a signal, with a checkpoint written."""
     device, optimizers = model.embed.weight.device, make_optimizers(model, args)
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
     # stage 0 is one segment without a haystack, stage i at most curriculum[i - 1] segments; text
     # has no answers that could tell when to go on
     stages, it, began = [1] + args.curriculum, 0, 0
@@ -609,20 +609,18 @@ def get_data(args, checkpoint):
         dist.barrier()
     tokenizer = checkpoint and checkpoint["tokenizer"]
     training, held_out, meta = babilong.load_data(args.data_dir, args.block_size, tokenizer)
-    encoding, missing = training.encoding, set(args.tasks) - set(meta["tasks"].split(","))
-    if missing:
+    if missing := set(args.tasks) - set(meta["tasks"].split(",")):
         raise ValueError(f"{args.data_dir} holds no {min(missing)}: prepare it with --tasks")
     if args.data:
         texts = babilong.read_documents(args.data)
-        training, held_out = (babilong.Documents(encoding, texts, args.block_size, part)
+        training, held_out = (babilong.Documents(training.encoding, texts, args.block_size, part)
                               for part in ((0, 0.9), (0.9, 1)))
-        meta = {"hash": training.digest(), "seed": 0}
+        meta["hash"] = training.digest()
     if checkpoint and checkpoint["data"] != meta["hash"]:
-        if exported:
-            print(f"{args.data_dir} is not what this model learned from: figures can differ")
-        else:
+        if not exported:
             raise ValueError(f"{args.data or args.data_dir} (hash {meta['hash']}) is not what the "
                              f"model in {args.out_dir} learned from (hash {checkpoint['data']})")
+        print(f"{args.data_dir} is not what this model learned from: figures can differ")
     evaluated = held_out
     if args.babilong_dir:
         evaluated = babilong.Published(held_out, args.babilong_dir)
@@ -632,7 +630,7 @@ def get_data(args, checkpoint):
             stories = {t: babilong.find_babi(args.babi_dir, t, "test") for t in args.tasks}
         if args.background:
             sentences = babilong.read_background(args.background)
-        evaluated = babilong.Babilong(encoding, stories, sentences, args.block_size)
+        evaluated = babilong.Babilong(held_out.encoding, stories, sentences, args.block_size)
     return training, held_out, evaluated, meta
 
 
@@ -642,14 +640,12 @@ def main(args, checkpoint):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # "cuda" alone has no index
     if WORLD > 1:
         # imported later, by DistributedDataParallel, it keeps the group's threads beyond the group
         from torch import _dynamo  # noqa: F401
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")
-    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
     training, held_out, evaluated, meta = get_data(args, checkpoint)
     torch.manual_seed(args.seed)
     if checkpoint:
@@ -670,13 +666,12 @@ def main(args, checkpoint):
             print(f"{n} ({model.num_params(memory=False):,} without memory), memory "
                   f"{c.memory_type} with {c.memory_slots} slots, segments of {c.block_size}, "
                   f"{device}, data {meta['hash']}", flush=True)
-        if not train(args, checkpoint, model, training, held_out, meta, amp):
+        if not train(args, checkpoint, model, training, held_out, meta):
             if RANK == 0:
                 print(f"stopped; --init_from=resume --out_dir={args.out_dir} goes on")
             return 130
     model.eval()
-    iter_num = checkpoint["iter_num"] if args.eval_only else args.max_iters
-    final_table(args, model, training, held_out, evaluated, meta["seed"], iter_num)
+    final_table(args, checkpoint, model, training, evaluated, meta["seed"])
     if WORLD > 1:
         dist.destroy_process_group()
     return 0

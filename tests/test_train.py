@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 import compare
 import export
@@ -298,6 +299,18 @@ def test_claims_have_a_price_while_the_learning_rate_falls(data_dir, tmp_path):
         run(*flags(data_dir, tmp_path / name, claim_price=price))
     free, dear = losses(tmp_path / "free"), losses(tmp_path / "dear")
     assert free[:5] == dear[:5] and all(b > a for a, b in zip(free[5:], dear[5:]))
+
+
+@pytest.mark.parametrize("device, index", [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_without_a_number_is_the_first(device, index, data_dir, tmp_path, monkeypatch):
+    """torch.cuda.set_device takes no torch.device("cuda"): seen with its own check, without a GPU."""
+    used = []
+    monkeypatch.setattr(train, "pick_device", torch.device)
+    monkeypatch.setattr(train, "get_data", lambda *args: used[99])  # no further
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: used.append(_get_device_index(d)))
+    with pytest.raises(IndexError):
+        run(*flags(data_dir, tmp_path), f"--device={device}")
+    assert used == [index]
 
 
 def test_without_a_compiler_it_says_so(capsys, monkeypatch):
