@@ -247,8 +247,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdin, sys.stdout)):
-        stream.reconfigure(errors="replace")
     try:
         main(get_parser().parse_args())
     except (ValueError, OSError) as e:

@@ -203,7 +203,8 @@ def test_a_preparation_that_broke_off_is_made_good(how, tmp_path, haystack):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (b"", "holds no text"), (bytes(range(256)) * 40, "not text in UTF-8"), (b"\0" * 5000, "usable sentences")])
+    (b"", "holds no text"), (bytes(range(256)) * 40, "not text in UTF-8"), (b"\0" * 5000, "usable sentences"),
+    (b"".join(b"Ship %d of the bay sails at dawn. " % i for i in range(450)), "450 usable sentences")])
 def test_background_that_is_none(content, complaint, tmp_path):
     (tmp_path / "book.txt").write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
