@@ -388,18 +388,18 @@ def python_documentation():
             for s in split_sentences(paragraph) if prose.fullmatch(s)]
 
 
-def read_background(paths=None):
+def read_background(paths=None, least=100):
     """
     The haystack: sentences of text files and folders, or of Python's documentation, each once, and
-    none that names a person of any task. Raises ValueError or OSError for less than 500.
+    none that names a person of any task. Raises ValueError or OSError for less than `least`.
     """
     sentences = python_documentation() if not paths else [
         s for path in paths for text in read_documents(path) for s in split_sentences(text)]
     person = re.compile(rf"\b({'|'.join(set().union(*PEOPLE.values()))})\b")
     sentences = [s for s in dict.fromkeys(sentences) if len(s.split()) > 3 and not person.search(s)]
-    if len(sentences) < 500:  # the part to evaluate with begins at 450
+    if len(sentences) < least:
         name = ", ".join(paths or ["the documentation of Python"])
-        raise ValueError(f"{name}: {len(sentences)} usable sentences, a haystack needs 500")
+        raise ValueError(f"{name}: {len(sentences)} usable sentences, a haystack needs {least}")
     return sentences
 
 
@@ -759,7 +759,8 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
                          "name another --data_dir")
     for split in "train", "eval":  # before the work, so that a mistake shows at once
         (data_dir / split).mkdir(parents=True, exist_ok=True)
-    sentences, files = read_background(background), {}
+    # the part to evaluate with begins at sentence 450
+    sentences, files = read_background(background, least=500), {}
     for split, held_out in ("train", False), ("eval", True):  # a tenth, in runs of 50 sentences
         part = [s for i, s in enumerate(sentences) if (i // 50 % 10 == 9) == held_out]
         files[f"{split}/background.txt"] = "".join(s + "\n" for s in part)
@@ -775,8 +776,8 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
             seeds = [f"{seed}/eval/{task}/{i}" for i in range(eval_stories)]
             test = [simulate(task, random.Random(s)) for s in seeds]
         files[f"eval/{task}.txt"] = format_babi(task, test)
-    part = files["train/background.txt"].splitlines()
-    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(part, vocab_size)
+    haystack = files["train/background.txt"].splitlines()
+    encoding = find_tokenizer(tokenizer) if tokenizer else train_tokenizer(haystack, vocab_size)
     files["tokenizer.json"] = dump_tokenizer(encoding)
     source = ",".join(background or [f"documentation of Python {sys.version.split()[0]}"])
     meta = {"hash": digest("".join(name + files[name] for name in sorted(files)).encode()),

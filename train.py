@@ -386,8 +386,8 @@ def final_table(args, checkpoint, model, training, evaluated, seed):
 class Muon(torch.optim.Optimizer):
     """
     Moves each matrix by its momentum, made orthogonal: https://kellerjordan.github.io/posts/muon.
-    As torch.optim.Muon, but not in bfloat16, in which most laptops' CPUs take longer for it than
-    for the whole rest of a step.
+    As torch.optim.Muon, but not in bfloat16: a CPU without units for it would take longer for this
+    than for all the rest of a step.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):

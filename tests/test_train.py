@@ -195,7 +195,7 @@ def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
 @pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2}, {"seed": 5}])
 def test_seed_and_accumulation(change, data_dir, tmp_path):
     """The same seed gives the same run; computing a batch in two parts gives it up to rounding."""
-    base = dict(muon_lr=0, stage_accuracy=1.0)
+    base = dict(stage_accuracy=1.0)
     run(*flags(data_dir, tmp_path / "a", **base))
     run(*flags(data_dir, tmp_path / "b", **base, **change))
     distance = apart(tmp_path / "a", tmp_path / "b")
@@ -218,13 +218,9 @@ def test_muon_is_that_of_torch_less_its_rounding(shape):
 
 @pytest.mark.parametrize("loud, dtype", [(False, "float32"), (True, "float64")])
 def test_two_processes_compute_what_one_computes(loud, dtype, data_dir, tmp_path):
-    """
-    loud: with saliences so large that claims are pulled back, at a loss above 100. In float32 Muon
-    makes more of a gradient's rounding than the bound allows.
-    """
+    """loud: with saliences so large that claims are pulled back, at a loss above 100."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    how = {"dtype": dtype} if dtype == "float64" else {"muon_lr": 0}
-    run(*flags(data_dir, tmp_path / "one", max_iters=1, **how))
+    run(*flags(data_dir, tmp_path / "one", max_iters=1, dtype=dtype))
     checkpoint = weights(tmp_path / "one")
     for name, weight in checkpoint["model"].items() if loud else ():
         if name.endswith("salience"):
