@@ -82,7 +82,7 @@ def torchrun(n, *args):
 
 @slow
 def test_four_processes_compute_what_one_computes(data_dir, tmp_path):
-    common = dict(muon_lr=0, max_iters=50, dtype="float64", stage_accuracy=1.0, stage_iters=15)
+    common = dict(max_iters=50, dtype="float64", stage_accuracy=1.0, stage_iters=15)
     for name, line in ("one", command), ("many", lambda *args: torchrun(4, *args)):
         code, _, err = finish(start(line(*flags(data_dir, tmp_path / name, **common))))
         assert code == 0, err
