@@ -54,7 +54,7 @@ def get_parser():
     flag("init_from", "scratch", "scratch, resume (go on from out_dir), or a Llama's folder: graft")
     flag("checkpoint_interval", 200, "steps between checkpoints", positive)
     flag("log_interval", 10, "steps between log lines", positive)
-    flag("eval_interval", 500, "steps between short evaluations; 0: none", count)
+    flag("eval_interval", 500, "steps between evaluations of 100 samples a length; 0: none", count)
     flag("device", "auto", "cuda, mps, cpu, cuda:1, ...; auto: the best there is")
     flag("dtype", "auto", "auto: bfloat16 on cuda, else float32",
          choices=("auto", "float32", "bfloat16", "float64"))
@@ -570,7 +570,8 @@ def train(args, checkpoint, model, training, held_out, meta):
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             model.eval()
             lengths = sorted({1, *args.curriculum})
-            rows = [evaluate(model, held_out, task, meta["seed"], 100, segments=s)
+            n = math.ceil(100 / max(1, len(args.tasks)))  # the tasks share the samples
+            rows = [evaluate(model, held_out, task, meta["seed"], n, segments=s)
                     for s in lengths for task in args.tasks]
             if rows:
                 means = [(s, np.mean([r["accuracy"] for r in rows if r["segments"] == s]))
