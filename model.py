@@ -19,27 +19,17 @@ in and comes out of every call:  states, loss, memory = model(idx, targets, memo
 HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
 the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
 pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
-claim is above 1/2 is written: it overwrites the oldest row, through the gates, and moves to the
-front. All other rows stay as they are, for any number of segments. (In training also a chunk with a
-lower claim changes the row it would have taken, as far as it claims: so claims can be learned.)
+claim is above 1/2 is written: the gates mix it into the oldest row, which moves to the front. All
+other rows stay as they are, for any number of segments. (In training every chunk, written or not,
+is mixed in as far as its claim: so claims can be learned.)
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
 so a read can prefer the later of two facts. Other rules, measured: README and tests/variants.py.
 
-The equations, as printed and as here. E: tokens' states, M: the bank. Here h: the block's input,
-normalised, c: the row of a chunk, m: slots, normalised.
-(1) Q = E W_Q, K = M W_K, V = M W_V     K = m W_K, V = m W_V; Q is self-attention's: one query for
-                                        segment and bank
-    A = softmax(Q K^T / sqrt(d))        with positions, and a prior of (i + 1)^-3 on slot i, its age
-    E_mem = A V                         as printed
-(2) g_out = sigmoid(E_mem W_out)        as printed
-    E_gated = g_out * M                 g_out * E_mem: M does not have the shape
-(3) E_next = E_attn + E_gated           as printed, before the one output projection W_O
-(4) g_in = sigmoid(E W_in)              sigmoid(c W_in + m U_in): P rows; sees both, as in an LSTM
-(5) g_forget = sigmoid(E_mem W_forget)  sigmoid(c W_forget + m U_forget): likewise
-(6) M' = g_in tanh(E_mem) + g_forget M  g_in tanh(c W_c) + g_forget M, as far as claimed: E_mem is
-                                        what was read, and nothing new could ever enter the bank
+Each equation stands above its line, as it is here and, where that differs, as printed (README says
+why). E: tokens' states, M: the bank, m: its slots, normalised, h: a block's input, normalised,
+c: the row of a chunk.
 """
 import json
 import math
@@ -66,7 +56,7 @@ class LM2Config:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # the output head is the embedding matrix
     qk_norm: bool = False  # normalise queries and keys (not Llama's; small models learn sooner)
-    token_shift: bool = False  # h_t + g * h_{t-1} before attention (likewise)
+    token_shift: bool = False  # h_t + shift * h_{t-1} before attention (likewise)
     memory_type: str = "lm2"  # "lm2", "rmt" or "none"
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     chunk_size: int = 4  # w, tokens that share a slot
@@ -80,7 +70,7 @@ class LM2Config:
         if self.memory_type == "none" or self.memory_slots == 0:
             self.memory_type, self.memory_slots = "none", 0
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 48) * 16
+        self.intermediate_size = self.intermediate_size or math.ceil(self.n_embd / 6) * 16
         for name, of, unit in (("n_embd", "2 x n_head", 2 * self.n_head),
                                ("n_head", "n_kv_head", self.n_kv_head),
                                ("block_size", "chunk_size", self.chunk_size)):
@@ -94,7 +84,7 @@ def rms_norm(x, eps=1e-5):
 
 
 def rope_table(config, positions):
-    """cos and sin (n, D) of rotary position embedding at positions (n,), float or int."""
+    """cos and sin (2, n, D) of rotary position embedding at positions (n,), float or int."""
     D = config.n_embd // config.n_head
     freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     if config.rope_scaling:  # long waves are stretched, short ones kept, those in between mixed
@@ -102,11 +92,11 @@ def rope_table(config, positions):
         kept = ((old_block_size * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (kept + (1 - kept) / factor)
     angle = torch.outer(positions.float(), freq).repeat(1, 2)  # (n, D)
-    return angle.cos(), angle.sin()
+    return torch.stack((angle.cos(), angle.sin()))  # (2, n, D)
 
 
 def rotate(x, rope):
-    """Rotary embedding, Llama's half-split form, of x (B, H, T, D). rope: cos and sin (T, D)."""
+    """Rotary embedding, Llama's half-split form, of x (B, H, T, D). rope (2, T, D)."""
     cos, sin = rope
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
@@ -127,7 +117,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(C, C, bias=False)  # the block applies it, to attention + read
 
     def heads(self, x, norm=False):
-        """(B, S, T, H*D) -> (B*S, H, T, D), each head normalised if asked and configured."""
+        """(B, S, T, H*D) -> (B*S, H, T, D), normalised if norm and qk_norm."""
         x = x.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return rms_norm(x) if norm and self.qk_norm else x
 
@@ -169,12 +159,11 @@ class Memory(nn.Module):
         self.w_in, self.u_in = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
-        self.salience = nn.Parameter(torch.empty(C))  # w_sal, starts at zero
+        self.salience = nn.Parameter(torch.zeros(C))  # w_sal, at first all tokens alike
         # the position of slot i: i chunks before the segment, as if all between had been written;
         # at most T before it, so that more slots than in training bring no new positions
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
-        for name, table in zip(("cos", "sin"), rope_table(config, place)):
-            self.register_buffer(name, table, persistent=False)  # (N, D)
+        self.register_buffer("rope", rope_table(config, place), persistent=False)  # (2, N, D)
         # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
         self.register_buffer("recency", -3.0 * torch.log1p(torch.arange(N)), persistent=False)
 
@@ -194,9 +183,9 @@ class Memory(nn.Module):
         finds it (B, S, N, C), as the last one leaves it (B, N, C), claims' log-odds (B, S, J).
         """
         c, log_odds = self.candidates(h)
-        claim, written = log_odds.sigmoid(), log_odds > 0  # (B, S, J)
+        written = log_odds > 0  # (B, S, J)
         # in training every row counts as far as its claim, so that claims have a gradient
-        claim = claim if self.training else written.type_as(claim)
+        claim = log_odds.sigmoid() if self.training else written.type_as(log_odds)
         # sort unwritten chunks before written ones, each in text order, and pair the last P with
         # the P oldest slots: the last one written meets the oldest of all, slot N - 1
         N, J = M.size(1), claim.size(2)
@@ -210,9 +199,9 @@ class Memory(nn.Module):
         banks, M = self.carry(M, c_in, c_forget, c_new, claim, source)
         return banks, M, log_odds
 
-    @torch.compiler.disable  # one graph before it and one after, rather than one for each S
+    @torch.compiler.disable  # compiled: one graph before it, one after, not one for each S
     def carry(self, M, c_in, c_forget, c_new, claim, source):
-        """All that is sequential: M (B, N, C) through S segments. Returns the banks as write's."""
+        """All that is sequential: M (B, N, C) through S segments. Returns banks and M, as write."""
         banks, N, P = [], M.size(1), claim.size(2)
         parts = (x.unbind(1) for x in (c_in, c_forget, c_new, claim, source))
         for c_in, c_forget, c_new, claim, source in zip(*parts):
@@ -221,22 +210,22 @@ class Memory(nn.Module):
             banks.append(M)
             rest, old = M.split((N - P, P), dim=1)  # (B, N - P, C), (B, P, C)
             m = rms_norm(old, 1e-20)  # tiny eps: a faded slot still counts
-            # (4)  g_in = sigmoid(c W_in + m U_in)
+            # (4)  g_in = sigmoid(c W_in + m U_in)              printed: sigmoid(E W_in)
             g_in = torch.sigmoid(c_in + self.u_in(m))  # (B, P, C)
-            # (5)  g_forget = sigmoid(c W_forget + m U_forget)
+            # (5)  g_forget = sigmoid(c W_forget + m U_forget)  printed: sigmoid(E_mem W_forget)
             g_forget = torch.sigmoid(c_forget + self.u_forget(m))  # (B, P, C)
-            # (6)  M' = g_in tanh(c W_c) + g_forget M
+            # (6)  M' = g_in tanh(c W_c) + g_forget M           printed: tanh(E_mem)
             new = g_in * c_new + g_forget * old  # (B, P, C)
             row = torch.lerp(old, new, claim)  # (B, P, C), new as far as claimed; 0 keeps the old
             M = torch.cat((rest, row), dim=1).gather(1, source)  # (B, N, C)
         return torch.stack(banks, dim=1), M
 
     def attention(self, q, m, attn):
-        """A (B*S, H, T, N): queries q (B*S, H, T, D) of `attn`, normalised slots m (B, S, N, C)."""
-        # (1)  K = m W_K; Q = E W_Q is self-attention's
-        k = rotate(attn.heads(self.wk(m), norm=True), (self.cos, self.sin))  # (B*S, K, N, D)
+        """A (B*S, H, T, N): queries q (B*S, H, T, D) of `attn`, slots m (B, S, N, C)."""
+        # (1)  K = m W_K; Q = E W_Q is self-attention's         printed: K = M W_K
+        k = rotate(attn.heads(self.wk(m), norm=True), self.rope)  # (B*S, K, N, D)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B*S, H, N, D)
-        # (1)  A = softmax(Q K^T / sqrt(d) + age), if asked over the top k slots alone
+        # (1)  A = softmax(Q K^T / sqrt(d) + recency), over the top k slots if asked
         scores = q @ k.mT * attn.scale + self.recency  # (B*S, H, T, N)
         if self.top_k:
             least = scores.topk(min(self.top_k, scores.size(-1)), dim=-1).values[..., -1:]
@@ -247,13 +236,13 @@ class Memory(nn.Module):
         """E_gated (B, S, T, C), what queries q (B*S, H, T, D) of `attn` read in M (B, S, N, C)."""
         m = rms_norm(M, 1e-20)  # (B, S, N, C)
         A = self.attention(q, m, attn)  # (B*S, H, T, N)
-        # (1)  V = m W_V, E_mem = A V
+        # (1)  V = m W_V, E_mem = A V                           printed: V = M W_V
         v = attn.heads(self.wv(m))  # (B*S, K, N, D)
         E_mem = A @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B*S, H, T, D)
         E_mem = E_mem.transpose(1, 2).flatten(2).unflatten(0, M.shape[:2])  # (B, S, T, C)
         # (2)  g_out = sigmoid(E_mem W_out)
         g_out = torch.sigmoid(self.w_out(E_mem))  # (B, S, T, C)
-        # (2)  E_gated = g_out E_mem (printed: g_out M)
+        # (2)  E_gated = g_out E_mem                            printed: g_out M
         return g_out * E_mem
 
 
@@ -266,7 +255,7 @@ class Block(nn.Module):
         self.memory = Memory(config) if has_memory else None
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
-        self.shift = nn.Parameter(torch.empty(config.n_embd)) if config.token_shift else None
+        self.shift = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.token_shift else None
 
     def forward(self, x, rope, M=None):
         """
@@ -304,32 +293,26 @@ class LM2(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        for name, table in zip(("cos", "sin"), rope_table(c, torch.arange(c.block_size))):
-            self.register_buffer(name, table, persistent=False)  # (T, D)
+        rope = rope_table(c, torch.arange(c.block_size))  # (2, T, D)
+        self.register_buffer("rope", rope, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Sets every parameter, the decoder's first: one seed gives all types one decoder."""
-        if self.embed.weight.is_meta:
-            return  # no numbers to set: parameters are only counted
+        """Draws the matrices, the decoder's first: a seed gives LM2, RMT and none the same one."""
         tied, g = self.config.tie_embeddings, torch.Generator().manual_seed(torch.initial_seed())
 
         def normal(weight, std):  # drawn on the CPU: the same numbers on every device
             weight.copy_(torch.randn(weight.shape, generator=g) * std)
 
-        normal(self.embed.weight, 0.02 if tied else 1.0)
+        normal(self.embed.weight, 0.02 if tied else 1.0)  # a tied one makes the logits, too
         if not tied:
-            self.head.weight.zero_()
+            self.head.weight.zero_()  # at first all tokens are equally likely
         for name, module in sorted(self.named_modules(), key=lambda named: "memory" in named[0]):
             if isinstance(module, nn.Linear) and name != "head":
                 normal(module.weight, module.in_features**-0.5)
-        for block in self.blocks:
-            if block.shift is not None:
-                block.shift.fill_(0.5)
-            if block.memory is not None:
-                nn.init.eye_(block.memory.w_cand.weight)
-                block.memory.salience.zero_()  # all tokens alike
+            if name.endswith("w_cand"):
+                nn.init.eye_(module.weight)
 
     def num_params(self, memory=True):
         """How many parameters; memory=False: those of the decoder alone."""
@@ -337,12 +320,12 @@ class LM2(nn.Module):
 
     def initial_memory(self, batch_size):
         """
-        The memory before any text: banks (L, B, N, C), in RMT tokens (1, B, N, C); float32, or
-        float64 like the weights. A plain tensor: detach it, move it, save it.
+        The memory before any text: banks (L, B, N, C), in RMT tokens (1, B, N, C), of the weights'
+        dtype. A plain tensor: detach it, move it, save it.
         """
         L = sum(block.memory is not None for block in self.blocks)
         # M_0 = I: slots must start different. Row i is e_(i mod C): a zero row has no direction
-        rows = torch.arange(self.config.memory_slots, device=self.cos.device) % self.config.n_embd
+        rows = torch.arange(self.config.memory_slots, device=self.rope.device) % self.config.n_embd
         rows = F.one_hot(rows, self.config.n_embd).to(self.embed.weight.dtype)  # (N, C)
         return rows.expand(L, batch_size, -1, -1)
 
@@ -351,7 +334,7 @@ class LM2(nn.Module):
         Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S*T, C),
         the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
         """
-        rope, written = (self.cos[: x.size(2)], self.sin[: x.size(2)]), []
+        rope, written = self.rope[:, : x.size(2)], []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C)
             if self.training and self.config.activation_checkpointing:
@@ -366,10 +349,9 @@ class LM2(nn.Module):
     def forward(self, idx, targets=None, memory=None, weights=None, claim_price=0.0):
         """
         idx (B, n) int64, any number of segments, the last one perhaps not full; targets (B, n)
-        int64, -1 where there is none; memory as of initial_memory, the default; weights (B, n)
-        float, of each target in the loss, one over their number by default; claim_price: see
-        below. Returns states (B, n, C), which `head` makes logits of, loss (scalar; None without
-        targets) and memory.
+        int64, -1 where there is none; memory as of initial_memory, the default; weights (B, n) of
+        the targets in the loss, 1 / their number by default; claim_price: see below. Returns states
+        (B, n, C), which `head` makes logits of, loss (scalar; None without targets) and memory.
         """
         B, T, full = idx.size(0), self.config.block_size, idx.size(1) // self.config.block_size
         memory = self.initial_memory(B) if memory is None else memory
@@ -393,12 +375,10 @@ class LM2(nn.Module):
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
-                cost = pull.mean(dim=(2, 3))  # (L, B)
-                # claim_price pushes the share that a block writes to 1, a window, or to few chunks,
-                # a memory: what is written without need pushes facts out of long texts, and texts
-                # as short as the training's cannot show it
+                # claim_price: a block should write nearly all, as a window, or little, as a memory;
+                # texts as short as the training's cannot show that needless rows push facts out
                 share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
-                cost = cost + claim_price * share * (1 - share)
+                cost = pull.mean(dim=(2, 3)) + claim_price * share * (1 - share)  # (L, B)
                 # a text counts as its targets do
                 loss = loss + (cost.sum(dim=0) * weights.sum(dim=1)).sum()
         return x, loss, memory
@@ -452,7 +432,7 @@ class RMT(LM2):
         std = 0.02 if config.tie_embeddings else 1.0
         self.memory_tokens = nn.Parameter(torch.randn(N, C) * std)
         # a segment and its two copies of the memory need more positions
-        self.cos, self.sin = rope_table(config, torch.arange(config.block_size + 2 * N))
+        self.rope = rope_table(config, torch.arange(config.block_size + 2 * N))
 
     def initial_memory(self, batch_size):
         """The memory tokens (1, B, N, C) before any text."""

@@ -60,7 +60,7 @@ class Reader:
 
     def begin(self, *state):
         """Forgets everything, or begins from a state."""
-        self.state = state or (self.model.initial_memory(1), self.model.cos.new_zeros(1, 0).long())
+        self.state = state or (self.model.initial_memory(1), self.model.rope.new_zeros(1, 0).long())
         self.last, self.queues, self.A = self.state[1], {n: [] for n in self.layers}, {}
 
     def feed(self, tokens):

@@ -62,7 +62,7 @@ def step_of(model, B, S, T, bfloat16=False):
 
 def generation_of(model, n=64):
     """A function that continues a text of two segments by n tokens, greedily."""
-    idx = torch.randint(2048, (1, 2 * model.config.block_size)).to(model.cos.device)
+    idx = torch.randint(2048, (1, 2 * model.config.block_size)).to(model.rope.device)
 
     def step():
         model.generate(idx, n, temperature=0)

@@ -42,7 +42,7 @@ def read_csv(path):
 def accuracy(model, encoding, folder, subject, shots):
     """(right answers, questions) of a subject. Raises ValueError, OSError."""
     def read(text, state=None):
-        return model.read(torch.tensor([encode(encoding, text)], device=model.cos.device), state)
+        return model.read(torch.tensor([encode(encoding, text)], device=model.rope.device), state)
 
     dev, test = (read_csv(Path(folder, d, f"{subject}_{d}.csv")) for d in ("dev", "test"))
     text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"

@@ -49,7 +49,7 @@ class Noise(Unpulled):
 class Ageless(model.Memory):
     def __init__(self, config):
         super().__init__(config)
-        self.cos.fill_(1.0), self.sin.zero_(), self.recency.zero_()
+        self.rope[0].fill_(1.0), self.rope[1].zero_(), self.recency.zero_()
 
 
 class Offsets(model.Memory):
