@@ -487,7 +487,7 @@ def llama_config(folder):
                 "rope_scaling": tuple(float(rope[n]) for n in SCALING if kind == "llama3"),
                 "tie_embeddings": bool(c.get("tie_word_embeddings", False))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is not a Llama's: {type(e).__name__}, {e}") from None
+        raise ValueError(f"{path} is not a Llama's ({type(e).__name__}, {e})") from None
 
 
 def read_safetensors(path):

@@ -462,9 +462,7 @@ def make_encoding(ranks, pattern=PATTERN):
 
 def encode(encoding, text):
     """The tokens of any text, a list. What would overflow tiktoken, endless white space, is cut."""
-    parts = [text]
-    if re.search(r"\s{1000}", text):
-        parts = re.findall(r"\s{1,1000}|(?:(?!\s{1000})[\s\S])+", text)
+    parts = re.split(r"(\s{1000})", text)
     return [token for part in parts for token in encoding.encode_ordinary(part)]
 
 
@@ -553,7 +551,7 @@ class Babilong:
         if not self.haystack:
             raise ValueError(f"the background has no sentence of {MIN_TOKENS} tokens or more")
         # for the perplexity of its text
-        self.documents = [np.fromiter(chain(*self.haystack), dtype=np.int64)]
+        self.documents = [np.concatenate(self.haystack)]
         self.chars = list(map(len, encoding.decode_tokens_bytes(range(encoding.n_vocab))))
         self.ones = [1] * encoding.n_vocab
         # a task's answers all take the room of its longest: the place must not tell the length
@@ -829,6 +827,13 @@ def show(data, task, **which):
 # -----------------------------------------------------------------------------
 # the command line
 
+def filled(text):
+    """An argparse type: any text but an empty one, as of a shell variable that is not set."""
+    if not text.strip():
+        raise ArgumentTypeError("takes a value, not an empty one")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, lists defaults under -h, and complains in one line."""
 
@@ -847,7 +852,7 @@ class Parser(argparse.ArgumentParser):
         """The flags that follow are listed under this title."""
         self.group = self.add_argument_group(title)
 
-    def flag(self, name, default, help, kind=str, choices=None):
+    def flag(self, name, default, help, kind=filled, choices=None):
         """Adds --name to the group; with a bool as default --name and --no-name."""
         how = {"type": kind, "choices": choices}
         if isinstance(default, bool):

@@ -178,7 +178,7 @@ def get_parser():
     flag, count, size = parser.flag, number(int, 0, 10**9), number(int, 1, 10**9)
     flag("out_dir", None, "folder that train.py left, or a model's file; default: out, and before "
          "there is one assets/ten-tasks.pt")
-    flag("start", STORY, "the text to read, or FILE:path")
+    flag("start", STORY, "the text to read, or FILE:path", str)
     flag("interactive", False, "read the lines that are typed, answer those that end in ?")
     flag("max_new_tokens", 100, "how far a text is continued; with --save_memory: not", count)
     flag("answer_tokens", 8, "how long an answer can get", size)

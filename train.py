@@ -134,6 +134,8 @@ def parse_args(argv=None):
             if fixed.get("memory_type") == "rmt":  # its memory tokens are weights
                 fixed["memory_slots"] = checkpoint["config"]["memory_slots"]
         elif args.init_from != "scratch":
+            if not Path(args.init_from).is_dir():
+                raise ValueError(f"--init_from={args.init_from} is not scratch, resume or a folder")
             fixed = {**llama_config(args.init_from), "qk_norm": False, "token_shift": False}
         elif args.preset:
             parser.set_defaults(**PRESETS[args.preset])
@@ -260,16 +262,15 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
         for batch in (group[i : i + 64] for i in range(0, len(group), 64)):
             prompts = [data.retrieve(s, retrieve) if retrieve else s.tokens[:-room] for s in batch]
             idx = torch.from_numpy(np.stack(prompts)).to(device)
-            before, last = idx.split([idx.size(1) // T * T, idx.size(1) % T], dim=1)
-            memory, written = model.initial_memory(len(batch)), []
-            for part in before.split(max(1, 2**15 // (T * len(batch))) * T, dim=1):
-                if part.numel():
-                    x = model.embed(part).unflatten(1, (-1, T))
-                    _, memory, log_odds = model.segments(x, memory)
-                    written += [] if log_odds is None else [log_odds.flatten(2).cpu() > 0]
+            B, S = len(batch), idx.size(1) // T
+            before, last = idx[:, : S * T].view(B, S, T), idx[:, S * T :]
+            memory, written = model.initial_memory(B), []
+            for part in before.split(max(1, 2**15 // (T * B)), dim=1) if S else ():
+                _, memory, log_odds = model.segments(model.embed(part), memory)
+                written += [] if log_odds is None else [log_odds.flatten(2).cpu() > 0]
             if written:
                 written = torch.cat(written, dim=2).numpy()  # (L, B, S*J)
-                fact = np.zeros(before.shape, dtype=bool)
+                fact = np.zeros((B, S * T), dtype=bool)
                 for row, s in zip(fact, batch):
                     for start, end in s.facts.values():
                         row[start:end] = True
@@ -277,7 +278,7 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
                 for count, kind in zip(chunks, (fact, ~fact)):
                     count += [kind.sum(), *(written & kind).sum(axis=(1, 2))]
             if intervention == "reset":
-                memory = model.initial_memory(len(batch))
+                memory = model.initial_memory(B)
             elif intervention == "swap":
                 memory = memory.roll(1, dims=1)
                 batch = batch if len(batch) > 1 else []  # nobody to swap with: not counted
@@ -321,7 +322,7 @@ def perplexity(model, data, segments):
         return None
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1)
     losses = [model(i, t)[1].item() * len(i) for i, t in zip(tokens.split(16), targets.split(16))]
-    value = round(math.exp(sum(losses) / len(tokens)), 3)
+    value = round(math.exp(min(700, sum(losses) / len(tokens))), 3)  # a float ends at e^709
     return {"segments": segments, "perplexity": value, "tokens": tokens.numel()}
 
 
@@ -390,18 +391,13 @@ class Muon(torch.optim.Optimizer):
     than for all the rest of a step.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta = group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - beta)
-                x = p.grad.lerp(momentum, beta)  # Nesterov's
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - 0.95)
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
                 tall = x.size(0) > x.size(1)
                 x = x.T if tall else x
                 x = x / x.norm().clamp(min=1e-7)
@@ -422,7 +418,7 @@ def make_optimizers(model, args):
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, args.learning_rate, (args.beta1, args.beta2))]
     if muon:
-        optimizers.append(Muon(muon, args.muon_lr, args.weight_decay))
+        optimizers.append(Muon(muon, dict(lr=args.muon_lr, weight_decay=args.weight_decay)))
     return optimizers
 
 
@@ -474,8 +470,11 @@ def train(args, checkpoint, model, training, held_out, meta):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
     if RANK == 0:
+        if not checkpoint and Path(args.out_dir, "ckpt.pt").exists():
+            raise ValueError(f"another run has begun in {args.out_dir}: name another --out_dir")
         path = Path(args.out_dir, "log.jsonl")  # less what was logged since the checkpoint
-        write_file(path, path.read_bytes()[: checkpoint["log_size"]] if checkpoint else "")
+        old = path.read_bytes()[: checkpoint["log_size"]] if checkpoint and path.exists() else b""
+        write_file(path, old)
         log = open(path, "a", buffering=1)
 
     def save():
@@ -504,6 +503,7 @@ def train(args, checkpoint, model, training, held_out, meta):
         return first[first >= 0].bincount(minlength=len(running)).cpu()
 
     if RANK == 0 and not checkpoint:
+        get_batch(training, args, 0, 1, False, running)  # what cannot work leaves no run behind
         save()  # so that there is something to resume from the first step on
     clock, seen, stop = time.perf_counter(), 0, False
     while it < args.max_iters and not stop:
@@ -574,10 +574,9 @@ def train(args, checkpoint, model, training, held_out, meta):
             rows = [evaluate(model, held_out, task, meta["seed"], n, segments=s)
                     for s in lengths for task in args.tasks]
             if rows:
-                means = [(s, np.mean([r["accuracy"] for r in rows if r["segments"] == s]))
-                         for s in lengths]
-                say(": " + ", ".join(f"{s} seg. {mean:.0f} %" for s, mean in means)
-                    + f"; {shares(rows)}".removesuffix("; "), eval=rows)
+                means = np.reshape([r["accuracy"] for r in rows], (len(lengths), -1)).mean(axis=1)
+                text = ", ".join(f"{s} seg. {mean:.0f} %" for s, mean in zip(lengths, means))
+                say(f": {text}; {shares(rows)}".removesuffix("; "), eval=rows)
             elif text := perplexity(model, held_out, max(args.curriculum)):
                 say(f": perplexity {text['perplexity']}", **text)
         if RANK == 0 and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):

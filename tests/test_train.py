@@ -1,5 +1,6 @@
 """The command line of train.py: training, resuming, evaluating, and what it says to bad input."""
 import json
+import math
 import os
 import re
 import shutil
@@ -131,6 +132,7 @@ def test_resume_takes_rates_from_flags_but_no_other_model(data_dir, tmp_path, ca
     run(*resume, "--max_iters=3", "--weight_decay=0.3", "--beta1=0.5", "--beta2=0.6")
     groups = [group for state in weights(tmp_path)["optimizers"] for group in state["param_groups"]]
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0, 0.3] and groups[0]["betas"] == (0.5, 0.6)
+    (tmp_path / "log.jsonl").unlink()  # a checkpoint goes on without its log, too
     assert run(*resume, "--memory_slots=9") == 0  # at its end; no weight depends on N
     for extra, complaint in (("--n_embd=64", "--n_embd=64, but the model"), ("--max_iters=2", "at step 3"),
                              ("--preset=lm2-1.7b", "--preset is for a new model"),
@@ -207,7 +209,7 @@ def test_muon_is_that_of_torch_less_its_rounding(shape):
     """Four steps with weight decay; torch's computes in bfloat16, which keeps three digits."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    optimizers = train.Muon([ours], 0.01, 0.1), torch.optim.Muon([theirs], 0.01, 0.1)
+    optimizers = train.Muon([ours], dict(lr=0.01, weight_decay=0.1)), torch.optim.Muon([theirs], 0.01, 0.1)
     for _ in range(4):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
@@ -403,9 +405,12 @@ def test_guessing_without_the_story(data_dir):
 
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(data):
     config = train.LM2Config(32, data.encoding.n_vocab, 1, 2, n_embd=16, tie_embeddings=False)
-    text = train.perplexity(train.build(config).eval(), data, 2)
+    model = train.build(config).eval()
+    text = train.perplexity(model, data, 2)
     assert text["perplexity"] == pytest.approx(data.encoding.n_vocab, rel=1e-4)
-    assert text["tokens"] % 64 == 0 and train.perplexity(train.build(config), data, 10**6) is None
+    assert text["tokens"] % 64 == 0 and train.perplexity(model, data, 10**6) is None
+    torch.nn.init.normal_(model.head.weight, std=1e6)
+    assert 1e300 < train.perplexity(model, data, 2)["perplexity"] < math.inf
 
 
 def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, haystack):
@@ -475,7 +480,8 @@ def test_memory_is_grafted_onto_a_llama_and_trained(data_dir, tmp_path, capsys):
     free = weights(tmp_path / "free")["model"]
     assert not torch.equal(free["embed.weight"], trained["embed.weight"])
     for extra, complaint in (("--n_layer=3", "--n_layer=3, but"), ("--qk_norm", "--qk_norm=True, but"),
-                             ("--init_from=nowhere", "config.json is not a Llama's")):
+                             ("--init_from=resum", "is not scratch, resume or a folder"),
+                             (f"--init_from={data_dir}", "config.json is not a Llama's")):
         with pytest.raises(SystemExit) as e:
             train.parse_args([*flags(data_dir, tmp_path / "x", **common), extra])
         assert e.value.code == 2 and complaint in capsys.readouterr().err
@@ -547,7 +553,7 @@ def test_text_that_is_none(data_dir, tmp_path):
     ("--n_kv_head=3", "n_head"), ("--batch_size=4", "--batch_size"), ("--seed=1e3", "--seed"),
     ("--intervention=reset --memory_slots=0", "--intervention"), ("--block_size=30", "block_size"),
     ("--intervention=swap --retrieve=3", "--retrieve"), ("--chunk_size=0", "--chunk_size"),
-    ("--freeze_decoder --memory_type=none", "--freeze_decoder"), ("--data=x --retrieve=2", "--data"),
+    ("--freeze_decoder --memory_type=none", "--freeze_decoder"), ("--data=x --retrieve=2", "--data"), ("--babi_dir=", "empty"),
     ("--results=.", "--results"), ("--results=nowhere/x.json", "--results"),
     ("--eval_only --out_dir=nowhere", "no checkpoint nowhere/ckpt.pt")])
 def test_bad_flags_are_named_in_one_line(flag, word, capsys):
@@ -568,6 +574,14 @@ def test_bad_input_ends_with_one_line_and_no_traceback(data_dir, tmp_path, hayst
     babilong.write_data(tmp_path / "one", ("qa1",), background=[str(haystack)], vocab_size=600, eval_stories=5)
     with pytest.raises(ValueError, match="holds no qa2"):
         run(*flags(tmp_path / "one", tmp_path / "out", tasks="qa1,qa2"))
+    with pytest.raises(ValueError, match="no story of qa1 fits"):
+        run(*flags(data_dir, tmp_path / "small", block_size=4))
+    assert not (tmp_path / "small" / "ckpt.pt").exists()
+    late = train.parse_args(flags(data_dir, tmp_path / "two", max_iters=1))
+    run(*flags(data_dir, tmp_path / "two", max_iters=2))
+    with pytest.raises(ValueError, match="another run has begun"):
+        train.main(*late)
+    assert weights(tmp_path / "two")["iter_num"] == 2
 
 
 def test_help_lists_every_flag_with_its_default(capsys):

@@ -104,4 +104,7 @@ if __name__ == "__main__":
     model.Memory = RULES[sys.argv[1]]  # model.LM2 builds its blocks with it
     args, checkpoint = train.parse_args(sys.argv[2:])
     args.rule = sys.argv[1]  # for results.json
-    sys.exit(train.main(args, checkpoint))
+    try:
+        sys.exit(train.main(args, checkpoint))
+    except (ValueError, OSError) as e:
+        sys.exit(f"variants.py: error: {e}")
