@@ -20,16 +20,16 @@ HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, i
 the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
 pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
 claim is above 1/2 is written: the gates mix it into the oldest row, which moves to the front. All
-other rows stay as they are, for any number of segments. (In training every chunk, written or not,
-is mixed in as far as its claim: so claims can be learned.)
+other rows stay as they are, for any number of segments. (In training P chunks, written or not, are
+mixed in, each as far as its claim: so claims can be learned.)
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
 so a read can prefer the later of two facts. Other rules, measured: README and tests/variants.py.
 
 Each equation stands above its line, as it is here and, where that differs, as printed (README says
-why). E: tokens' states, M: the bank, m: its slots, normalised, h: a block's input, normalised,
-c: the row of a chunk.
+why). E: tokens' states, M: the bank, m: its slots, normalised, h: a block's input, normalised and
+perhaps shifted, c: the row of a chunk.
 """
 import json
 import math
@@ -160,8 +160,8 @@ class Memory(nn.Module):
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         self.salience = nn.Parameter(torch.zeros(C))  # w_sal, at first all tokens alike
-        # the position of slot i: i chunks before the segment, as if all between had been written;
-        # at most T before it, so that more slots than in training bring no new positions
+        # slot i is read as if it lay i + 1/2 chunks before the segment, as if all between had been
+        # written, but at most T before it: so more slots than T/w bring no new positions
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
         self.register_buffer("rope", rope_table(config, place), persistent=False)  # (2, N, D)
         # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
@@ -225,7 +225,7 @@ class Memory(nn.Module):
         # (1)  K = m W_K; Q = E W_Q is self-attention's         printed: K = M W_K
         k = rotate(attn.heads(self.wk(m), norm=True), self.rope)  # (B*S, K, N, D)
         k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B*S, H, N, D)
-        # (1)  A = softmax(Q K^T / sqrt(d) + recency), over the top k slots if asked
+        # (1)  A = softmax(Q K^T scale + recency)               printed: softmax(Q K^T / sqrt(d))
         scores = q @ k.mT * attn.scale + self.recency  # (B*S, H, T, N)
         if self.top_k:
             least = scores.topk(min(self.top_k, scores.size(-1)), dim=-1).values[..., -1:]
@@ -259,8 +259,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, M=None):
         """
-        Writing needs h, not what the block reads: so the banks of all segments come first, and then
-        all segments attend and read at once. x (B, S, T, C), M (B, N, C) if there is a memory.
+        Writing needs h, not what the block reads: so the banks of all segments are made first, then
+        all segments read at once. x (B, S, T, C), M (B, N, C) if there is a memory.
         Returns x, M after the text and claims' log-odds (B, S, J); None where nothing is written:
         a segment that is not full (S = 1) only reads.
         """

@@ -5,8 +5,9 @@ $ python prepare_babilong.py                           # writes data/babilong, o
 $ python prepare_babilong.py --show=qa2 --length=1k    # prints one sample, its facts marked
 $ python prepare_babilong.py --babi_dir=DIR --background=BOOK.txt,FOLDER    # your own sources
 
-The files hold the sources: stories, sentences, tokenizer. The samples are composed from them on
-the fly by (seed, index, task, length); training never sees one twice.
+The files hold the sources: sentences, tokenizer, and stories to evaluate with (those to train on
+only with --babi_dir: they are simulated as they are needed). Samples are composed on the fly by
+(seed, index, task, length); training never sees one twice.
 
 bAbI: Weston et al. 2015, https://arxiv.org/abs/1502.05698, simulated as published (v1.2).
 BABILong: Kuratov et al. 2024, https://arxiv.org/abs/2406.10149: composition, lengths, scoring.
@@ -366,7 +367,7 @@ def fetch_babilong(folder, tasks, lengths, dataset="babilong", hub=HUB):
 # the haystack and the tokenizer
 
 def split_sentences(text):
-    """The sentences of plain text, white space normalised."""
+    """The sentences of plain text, white space normalised, without quotes that close them."""
     return re.split(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])", " ".join(text.split()))
 
 
@@ -391,8 +392,8 @@ def python_documentation():
 
 def read_background(paths=None, least=100):
     """
-    The haystack: sentences of text files and folders, or of Python's documentation, each once, and
-    none that names a person of any task. Raises ValueError or OSError for less than `least`.
+    The haystack: sentences of text files and folders, or of Python's documentation, each once, of
+    four words or more, without a person of any task. ValueError or OSError for less than `least`.
     """
     sentences = python_documentation() if not paths else [
         s for path in paths for text in read_documents(path) for s in split_sentences(text)]
@@ -523,7 +524,7 @@ def written(answer):
 
 
 def score(task, question, target, output):
-    """BABILong's rule: up to a full stop, `output` names the target's labels and no other one."""
+    """BABILong's rule: up to a full stop, `output` names the target's labels, or the question's."""
     output, question = (set(re.findall(r"\w+", text.lower()))
                         for text in (output.split(".")[0], question))
     target, labels = set(target.lower().split(",")), {label.lower() for label in LABELS[task]}
@@ -573,7 +574,7 @@ class Babilong:
         return sentences
 
     def story(self, task, rng, dense=False, limit=math.inf):
-        """A story that ends with a question, or up to four if dense. None beyond `limit` lines."""
+        """A story that ends with a question; simulated: or four if dense; None beyond `limit`."""
         if self.stories is None:
             questions, at_end = rng.randint(1, 5), rng.randint(0, 3) if dense else 0
             return simulate(task, rng, questions, at_end, limit)
@@ -857,6 +858,7 @@ class Parser(argparse.ArgumentParser):
         how = {"type": kind, "choices": choices}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        help += "%(default).0s" * (default is None)  # else -h adds "(default: None)"
         self.group.add_argument(f"--{name}", default=default, help=help, **how)
 
 

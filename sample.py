@@ -88,7 +88,7 @@ class Reader:
         """Reads text; answers its last sentence if that is a question, else continues it."""
         *before, last = [text] if self.plain else split_sentences(text)
         self.read(" ".join(before))
-        # nothing that was made up may enter a memory that is saved
+        # a continuation is made up, so it may not enter a memory that is saved; an answer may
         most, temperature, stop = 0 if args.save_memory else args.max_new_tokens, 0.8, None
         if last.endswith("?") and not self.plain:
             most, temperature, stop = args.answer_tokens, 0.0, "."

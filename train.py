@@ -8,7 +8,8 @@ $ python train.py --eval_only --eval_lengths=0k,1k        # another table; also 
 $ torchrun --standalone --nproc_per_node=4 train.py       # data parallel
 $ python train.py --init_from=LLAMA_DIR --freeze_decoder  # grafts a memory onto a Llama
 
-Everything lands in out_dir: ckpt.pt, log.jsonl (a line each log_interval steps) and results.json.
+In out_dir: ckpt.pt, log.jsonl (a line each log_interval steps, stage and evaluation), results.json,
+and eval.json of --eval_only.
 """
 import json
 import math
@@ -56,7 +57,7 @@ def get_parser():
     flag("log_interval", 10, "steps between log lines", positive)
     flag("eval_interval", 500, "steps between evaluations of 100 samples a length; 0: none", count)
     flag("device", "auto", "cuda, mps, cpu, cuda:1, ...; auto: the best there is")
-    flag("dtype", "auto", "auto: bfloat16 on cuda, else float32",
+    flag("dtype", "auto", "of training; auto: bfloat16 on cuda, else float32",
          choices=("auto", "float32", "bfloat16", "float64"))
     flag("compile", "auto", "torch.compile; auto: on cuda", choices=("auto", "on", "off"))
     group("evaluation")
@@ -73,7 +74,7 @@ def get_parser():
     flag("babilong_dir", None, "evaluate on BABILong's samples of prepare_babilong.py --source=hub")
     flag("background", None, "evaluate in these text files or folders, by commas", several(str))
     group("data")
-    flag("data_dir", "data/babilong", "folder of prepare_babilong.py; a new run makes it")
+    flag("data_dir", "data/babilong", "folder of prepare_babilong.py, made if it is not there")
     flag("data", None, "train on this text, or on a folder's *.txt files, instead of stories; the "
          "last tenth is held out. data_dir gives the tokenizer")
     flag("tasks", "qa1", "bAbI tasks, like qa1,qa2, or all", babilong.parse_tasks)
@@ -507,7 +508,7 @@ def train(args, checkpoint, model, training, held_out, meta):
         save()  # so that there is something to resume from the first step on
     clock, seen, stop = time.perf_counter(), 0, False
     while it < args.max_iters and not stop:
-        # half of the batches are as long as the stage allows; one in five has no haystack
+        # half of the batches or more are as long as the stage allows; one in five has no haystack
         rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
         segments = most if rng.random() < 0.5 else rng.randint(1, most)
         noise = stage > 0 and rng.random() < 0.8

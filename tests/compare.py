@@ -117,8 +117,8 @@ def main():
         other = *NOT_KEPT, "seed", "iter_num", "data_dir"
         key = str(sorted((k, str(v)) for k, v in file["config"].items() if k not in other and k[:5] != "eval_"))
         column = columns.setdefault(key, {"name": file["name"], "config": file["config"], "runs": {}})
-        # of one seed are the training's table and those of later evaluations
-        column["runs"].setdefault(file["config"]["seed"], {}).update(file["results"])
+        # of one seed and folder are the training's table and those of later evaluations
+        column["runs"].setdefault((file["config"]["seed"], file["folder"]), {}).update(file["results"])
     columns = list(columns.values())
     runs = [run for column in columns for run in column["runs"].values()]
     tokens = {size: row["tokens"] for run in runs for (size, _), row in run.items()}
@@ -144,7 +144,7 @@ def main():
     table([[f"accuracy in %{kind}", *(column["name"] for column in columns)]]
           + [[size, *(spread(cell(column, size)) for column in columns)] for size in sizes]
           + [["parameters", *(f"{column['config']['parameters']:,}" for column in columns)],
-             ["seeds", *(", ".join(map(str, column["runs"])) for column in columns)]])
+             ["seeds", *(", ".join(str(seed) for seed, _ in column["runs"]) for column in columns)]])
 
 
 if __name__ == "__main__":
