@@ -574,7 +574,7 @@ class Babilong:
         return sentences
 
     def story(self, task, rng, dense=False, limit=math.inf):
-        """A story that ends with a question; simulated: or four if dense; None beyond `limit`."""
+        """A story that ends with a question. Simulated: four if dense, None beyond `limit` lines."""
         if self.stories is None:
             questions, at_end = rng.randint(1, 5), rng.randint(0, 3) if dense else 0
             return simulate(task, rng, questions, at_end, limit)
