@@ -574,10 +574,11 @@ class Babilong:
         return sentences
 
     def story(self, task, rng, dense=False, limit=math.inf):
-        """A story that ends with a question. Simulated: four if dense, None beyond `limit` lines."""
+        """A story that ends with a question, or up to four if dense. None beyond `limit` lines."""
         if self.stories is None:
             questions, at_end = rng.randint(1, 5), rng.randint(0, 3) if dense else 0
             return simulate(task, rng, questions, at_end, limit)
+        # one from a file is taken as it is, up to a question
         story = rng.choice(self.stories[task])
         return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
 
