@@ -248,6 +248,7 @@ def pick_device(name):
 # evaluation
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiling for each size takes longer than to answer
 def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size):
     """
     Answers n evaluation samples of `task`, greedily, each process its share. size: segments=4 or
@@ -314,6 +315,7 @@ def shares(rows):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def perplexity(model, data, segments):
     """{segments, perplexity, tokens} of data's documents in texts of so many segments, or None."""
     size, device = segments * model.config.block_size, model.embed.weight.device
