@@ -524,7 +524,7 @@ def written(answer):
 
 
 def score(task, question, target, output):
-    """BABILong's rule: up to a full stop, `output` names the target's labels, or the question's."""
+    """BABILong's rule: up to a full stop `output` names the target, and else only what is asked."""
     output, question = (set(re.findall(r"\w+", text.lower()))
                         for text in (output.split(".")[0], question))
     target, labels = set(target.lower().split(",")), {label.lower() for label in LABELS[task]}

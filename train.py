@@ -74,7 +74,7 @@ def get_parser():
     flag("babilong_dir", None, "evaluate on BABILong's samples of prepare_babilong.py --source=hub")
     flag("background", None, "evaluate in these text files or folders, by commas", several(str))
     group("data")
-    flag("data_dir", "data/babilong", "folder of prepare_babilong.py, made if it is not there")
+    flag("data_dir", "data/babilong", "folder of prepare_babilong.py; a new run makes it")
     flag("data", None, "train on this text, or on a folder's *.txt files, instead of stories; the "
          "last tenth is held out. data_dir gives the tokenizer")
     flag("tasks", "qa1", "bAbI tasks, like qa1,qa2, or all", babilong.parse_tasks)
