@@ -22,6 +22,9 @@ from dataclasses import asdict, fields
 from itertools import groupby, product
 from pathlib import Path
 
+# else DistributedDataParallel warns at its first step that nothing is unused; later steps differ
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import numpy as np
 import torch
 import torch.distributed as dist
