@@ -21,11 +21,13 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
 claim is above 1/2 is written: the gates mix it into the oldest row, which moves to the front. All
 other rows stay as they are, for any number of segments. (In training P chunks, written or not, are
-mixed in, each as far as its claim: so claims can be learned.)
+mixed in, each as far as its claim: so claims can be learned.) Block 1, which sees single words,
+claims for its own bank, block 2 for all others: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
-so a read can prefer the later of two facts. Other rules, measured: README and tests/variants.py.
+so a read can prefer the later of two facts. Why one claim for many banks: where each block claims
+for itself, some end up writing all, or nothing. Other rules, measured: README, tests/variants.py.
 
 Each equation stands above its line, as it is here and, where that differs, as printed (README says
 why). E: tokens' states, M: the bank, m: its slots, normalised, h: a block's input, normalised and
@@ -61,6 +63,7 @@ class LM2Config:
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     chunk_size: int = 4  # w, tokens that share a slot
     n_memory_layers: int = 0  # L, the first blocks, which own a bank; 0: all
+    shared_claims: bool = True  # block 2 claims for all later blocks; False: each for itself
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
     bptt_segments: int = 0  # in training, cut the gradient after so many segments; 0: never
     activation_checkpointing: bool = False  # in training, compute a block twice, not keep it
@@ -147,7 +150,7 @@ class MLP(nn.Module):
 class Memory(nn.Module):
     """How a block writes and reads its bank M (B, N, C), slot 0 the youngest."""
 
-    def __init__(self, config):
+    def __init__(self, config, claims=True):
         super().__init__()
         C, N = config.n_embd, config.memory_slots
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
@@ -159,7 +162,8 @@ class Memory(nn.Module):
         self.w_in, self.u_in = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
-        self.salience = nn.Parameter(torch.zeros(C))  # w_sal, at first all tokens alike
+        # w_sal, at first all tokens alike. A block without takes the saliences of the block before
+        self.salience = nn.Parameter(torch.zeros(C)) if claims else None
         # slot i is read as if it lay i + 1/2 chunks before the segment, as if all between had been
         # written, but at most T before it: so more slots than T/w bring no new positions
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
@@ -167,22 +171,26 @@ class Memory(nn.Module):
         # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
         self.register_buffer("recency", -3.0 * torch.log1p(torch.arange(N)), persistent=False)
 
-    def candidates(self, h):
-        """h (B, S, T, C) -> a row for each chunk (B, S, J, C), log-odds of its claim (B, S, J)."""
+    def candidates(self, h, s):
+        """
+        h (B, S, T, C), saliences s (B, S, J, w) of the block before -> a row for each chunk
+        (B, S, J, C), s.
+        """
         h = h.unflatten(2, (-1, self.chunk_size))  # (B, S, J, w, C)
         # s = 8 h w_sal, a salience for each token; 8: this one vector must learn faster
-        s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
+        if self.salience is not None:
+            s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
         # c = sum over the chunk of softmax(s) h
-        c = (s.softmax(dim=-1)[..., None] * h).sum(dim=3)  # (B, S, J, C)
-        # claim = sigmoid(logsumexp(s)) = sum e^s / (1 + sum e^s); at first w / (w + 1): all written
-        return c, s.logsumexp(dim=-1)
+        return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s
 
-    def write(self, h, M):
+    def write(self, h, M, s=None):
         """
-        h (B, S, T, C) of S full segments, M (B, N, C) before them. Returns the bank as each segment
-        finds it (B, S, N, C), as the last one leaves it (B, N, C), claims' log-odds (B, S, J).
+        h (B, S, T, C) of S full segments, M (B, N, C) before them, s as in candidates. Returns the
+        bank as each segment finds it (B, S, N, C), as the last one leaves it (B, N, C), and s.
         """
-        c, log_odds = self.candidates(h)
+        c, s = self.candidates(h, s)
+        # claim = sigmoid(logsumexp(s)) = sum e^s / (1 + sum e^s); at first w / (w + 1): all written
+        log_odds = s.logsumexp(dim=-1)  # (B, S, J)
         written = log_odds > 0  # (B, S, J)
         # in training every row counts as far as its claim, so that claims have a gradient
         claim = log_odds.sigmoid() if self.training else written.type_as(log_odds)
@@ -197,7 +205,7 @@ class Memory(nn.Module):
         source = torch.where(i < n, N - 1 - i, i - n)[..., None].expand(-1, -1, -1, M.size(2))
         c_in, c_forget, c_new = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh()
         banks, M = self.carry(M, c_in, c_forget, c_new, claim, source)
-        return banks, M, log_odds
+        return banks, M, s
 
     @torch.compiler.disable  # compiled: one graph before it, one after, not one for each S
     def carry(self, M, c_in, c_forget, c_new, claim, source):
@@ -247,24 +255,23 @@ class Memory(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, has_memory):
+    def __init__(self, config, has_memory, claims=True):
         super().__init__()
         self.block_size = config.block_size
         self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.memory = Memory(config) if has_memory else None
+        self.memory = Memory(config, claims) if has_memory else None
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.shift = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.token_shift else None
 
-    def forward(self, x, rope, M=None):
+    def forward(self, x, rope, M=None, s=None):
         """
         Writing needs h, not what the block reads: so the banks of all segments are made first, then
-        all segments read at once. x (B, S, T, C), M (B, N, C) if there is a memory.
-        Returns x, M after the text and claims' log-odds (B, S, J); None where nothing is written:
-        a segment that is not full (S = 1) only reads.
+        all segments read at once. x (B, S, T, C), M (B, N, C) if there is a memory, s (B, S, J, w)
+        the saliences of the block before. Returns x, M after the text and the saliences that it
+        wrote by; a segment that is not full (S = 1) only reads.
         """
-        log_odds = None
         h = self.norm1(x)  # (B, S, T, C)
         if self.shift is not None:
             h = h + self.shift * F.pad(h[:, :, :-1], (0, 0, 1, 0))
@@ -273,11 +280,11 @@ class Block(nn.Module):
         if self.memory is not None:
             banks = M[:, None]  # (B, 1, N, C)
             if x.size(2) == self.block_size:
-                banks, M, log_odds = self.memory.write(h, M)  # banks (B, S, N, C)
+                banks, M, s = self.memory.write(h, M, s)  # banks (B, S, N, C)
             # (3)  E_next = E_attn + E_gated
             y = y + self.memory.read(q, banks, self.attn)
         x = x + self.attn.wo(y)
-        return x + self.mlp(self.norm2(x)), M, log_odds
+        return x + self.mlp(self.norm2(x)), M, s
 
 
 class LM2(nn.Module):
@@ -288,7 +295,8 @@ class LM2(nn.Module):
         self.config = c = config
         L = (c.n_memory_layers or c.n_layer) if c.memory_type == "lm2" else 0
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c, has_memory=i < L) for i in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, has_memory=i < L, claims=i < 2 or not c.shared_claims)
+                                    for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
@@ -334,15 +342,15 @@ class LM2(nn.Module):
         Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S*T, C),
         the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
         """
-        rope, written = self.rope[:, : x.size(2)], []
+        rope, s, written = self.rope[:, : x.size(2)], None, []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C)
             if self.training and self.config.activation_checkpointing:
-                x, M, log_odds = checkpoint(block, x, rope, M, use_reentrant=False)
+                x, M, s = checkpoint(block, x, rope, M, s, use_reentrant=False)
             else:
-                x, M, log_odds = block(x, rope, M)
-            if log_odds is not None:
-                written.append((M, log_odds))
+                x, M, s = block(x, rope, M, s)
+            if s is not None and M is not None:
+                written.append((M, s.logsumexp(dim=-1)))
         memory, log_odds = map(torch.stack, zip(*written)) if written else (memory, None)
         return self.norm(x).flatten(1, 2), memory, log_odds
 

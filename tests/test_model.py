@@ -120,13 +120,25 @@ def test_bank_begins_as_identity_and_is_written_by_equations_4_to_6(N, training)
     for row, n in zip(claims.view(9, 4), (4, 0, 2, 0, 3, 1, 1, 4, 0)):
         row[torch.randperm(4)[:n]] = 1
     h, M = claiming(memory, claims), torch.randn(3, N, 16, dtype=torch.float64)
-    found, left, log_odds = memory.write(h, M)
-    assert torch.equal(log_odds.sign(), claims.double())
+    found, left, s = memory.write(h, M)
+    assert torch.equal(s.logsumexp(dim=-1).sign(), claims.double())
     close((found, left), write_loop(memory, h, M, training), 1e-12)
     if not training:  # what is not claimed stays bit for bit
         assert torch.equal(found[2, 2, 4:], found[2, 1, :-4])  # four are new
         found, left, _ = memory.write(claiming(memory, torch.full((3, 100, 4), -1)), M)
         assert torch.equal(left, M) and torch.equal(found, M[:, None].expand_as(found))
+
+def test_block_2_claims_for_all_later_blocks():
+    model, x = make(n_layer=4, n_memory_layers=3), torch.randn(2, 3, 8, 16, dtype=torch.float64)
+    _, memory, odds = model.segments(x, model.initial_memory(2))  # odds (L, B, S, J)
+    assert torch.equal(odds[1], odds[2]) and not (odds[0] == odds[1]).any()
+    assert not torch.equal(memory[1], memory[2])  # each holds rows of its own
+    model.blocks[1].memory.salience.data.neg_()
+    changed = model.segments(x, model.initial_memory(2))[2]
+    assert torch.equal(odds[0], changed[0]) and not (odds[1:] == changed[1:]).any()
+    model = make(n_layer=3, shared_claims=False)
+    odds = model.segments(x, model.initial_memory(2))[2]
+    assert not (odds[1] == odds[2]).any()
 
 def test_without_memory_it_is_the_decoder_bit_for_bit():
     models, idx = [], tokens(2, 29)
@@ -210,7 +222,7 @@ def test_in_training_blocks_must_choose_and_log_odds_beyond_6_are_pulled_back(pr
     odds = torch.linspace(-12, 12, 16).double().view(2, 2, 4).requires_grad_()  # (B, S, J)
     for block in model.blocks:
         block.memory.wv.weight.data.zero_()  # so that nothing else depends on the claims
-        block.memory.candidates = lambda h: (h[:, :, ::2], odds)
+        block.memory.candidates = lambda h, s: (h[:, :, ::2], odds[..., None])
     none, loss = (model.train(mode)(idx, idx, None, weights, price)[1] for mode in (False, True))
     pull = 0.05 * (odds - odds.clamp(-6, 6)).square().flatten(1).mean(dim=1)
     share = odds.sigmoid().flatten(1).mean(dim=1)
@@ -252,7 +264,7 @@ def test_compiled_blocks_compute_the_same(backend):
 @pytest.mark.parametrize("rule", variants.RULES)
 def test_variants_train(rule, monkeypatch):
     monkeypatch.setattr("model.Memory", variants.RULES[rule])
-    model, idx = make(torch.float32).train(), tokens(2, 37)
+    model, idx = make(torch.float32, n_layer=3).train(), tokens(2, 37)
     descend(model, idx, 3, 1e-3)
     _, loss, memory = model(idx, idx)
     assert loss.isfinite() and memory.shape == model.initial_memory(2).shape
@@ -360,10 +372,10 @@ def test_the_papers_size(monkeypatch):
     with torch.device("meta"):
         model = LM2(LM2Config(**train.PRESETS["lm2-1.7b"], vocab_size=128256))
     d, kv, decoder = 2048, 512, model.num_params(memory=False)
-    # W_Q, W_O; W_K, W_V; feed-forward; norms      W_out, W_c, W and U of two gates; W_K, W_V; w_sal
-    block, memory = 2 * d * d + 2 * d * kv + 3 * d * 8192 + 2 * d, 6 * d * d + 2 * d * kv + d
+    # W_Q, W_O; W_K, W_V; feed-forward; norms      W_out, W_c, W and U of two gates; W_K, W_V
+    block, memory = 2 * d * d + 2 * d * kv + 3 * d * 8192 + 2 * d, 6 * d * d + 2 * d * kv
     assert decoder == 128256 * d + 16 * block + d == 1_235_814_400
-    assert model.num_params() - decoder == 16 * memory == 436_240_384
+    assert model.num_params() - decoder == 16 * memory + 2 * d == 436_211_712
 
 def test_readme_links_lead_to_the_equations():
     root, number = Path(__file__).parent.parent, None

@@ -22,39 +22,46 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
 
 
+def with_log_odds(s, change):
+    """Saliences s (B, S, J, w) whose claims have other log-odds: change of those of s."""
+    log_odds = s.logsumexp(dim=-1, keepdim=True)
+    return s + change(log_odds) - log_odds
+
+
 class Unpulled(model.Memory):
-    def write(self, h, M):
-        banks, M, log_odds = super().write(h, M)
-        return banks, M, log_odds.clamp(-6, 6)  # what the loss sees: nothing beyond 6
+    def write(self, h, M, s=None):
+        banks, M, s = super().write(h, M, s)
+        # what the loss sees: nothing beyond 6
+        return banks, M, with_log_odds(s, lambda odds: odds.clamp(-6, 6))
 
 
 class Always(Unpulled):
-    def candidates(self, h):
-        c, log_odds = super().candidates(h)
-        return c, torch.full_like(log_odds, 100.0)  # a claim of 1
+    def candidates(self, h, s):
+        c, s = super().candidates(h, s)
+        return c, with_log_odds(s, lambda odds: torch.full_like(odds, 100.0))  # a claim of 1
 
 
 class Mean(Always):
-    def candidates(self, h):
-        return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().candidates(h)[1]
+    def candidates(self, h, s):
+        return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().candidates(h, s)[1]
 
 
 class Noise(Unpulled):
-    def candidates(self, h):
-        c, log_odds = super().candidates(h)
-        noise = torch.rand_like(log_odds).logit(eps=1e-6)  # log u - log(1 - u)
-        return c, log_odds + noise if self.training else log_odds
+    def candidates(self, h, s):
+        c, s = super().candidates(h, s)
+        noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # log u - log(1 - u)
+        return c, s + noise if self.training and self.salience is not None else s
 
 
 class Ageless(model.Memory):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, *config):
+        super().__init__(*config)
         self.rope[0].fill_(1.0), self.rope[1].zero_(), self.recency.zero_()
 
 
 class Offsets(model.Memory):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, *config):
+        super().__init__(*config)
         # the differences: LM2 draws with a deviation of in_features ** -0.5, here 0
         self.wk.in_features = self.wv.in_features = math.inf
 
@@ -67,14 +74,14 @@ class Offsets(model.Memory):
 
 
 class Queries(Ageless):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, *config):
+        super().__init__(*config)
         self.w_slot, self.w_token = (nn.Linear(*self.w_cand.weight.shape, bias=False) for _ in "MT")
 
     def share(self, scores):
         return scores.softmax(dim=2)  # (B, N, T)
 
-    def write(self, h, M):
+    def write(self, h, M, s=None):
         banks = []
         for part in h.unbind(1):  # (B, T, C)
             banks.append(M)
@@ -84,8 +91,8 @@ class Queries(Ageless):
             g_in = torch.sigmoid(self.w_in(c) + self.u_in(m))
             g_forget = torch.sigmoid(self.w_forget(c) + self.u_forget(m))
             M = g_in * self.w_cand(c).tanh() + g_forget * M  # (B, N, C)
-        log_odds = h.new_ones(*h.shape[:2], h.size(2) // self.chunk_size)  # all is "written"
-        return torch.stack(banks, dim=1), M, log_odds
+        s = h.new_ones(*h.shape[:2], h.size(2) // self.chunk_size, 1)  # all is "written"
+        return torch.stack(banks, dim=1), M, s
 
 
 class Routed(Queries):
