@@ -162,7 +162,7 @@ class Memory(nn.Module):
         self.w_in, self.u_in = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_forget, self.u_forget = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
-        # w_sal, at first all tokens alike. A block without takes the saliences of the block before
+        # w_sal, at first all tokens alike. None: the block takes the saliences of the one before
         self.salience = nn.Parameter(torch.zeros(C)) if claims else None
         # slot i is read as if it lay i + 1/2 chunks before the segment, as if all between had been
         # written, but at most T before it: so more slots than T/w bring no new positions
