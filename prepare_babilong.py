@@ -118,9 +118,9 @@ class World:
             self.events.append(Event(line, kind, who, what, to))
             return f"{who} {rng.choice(VERBS[kind])} {end}."
 
-    def ask(self):
-        """(question, answer, support) about one of the last five statements, or None."""
-        recent = self.events[-5:]
+    def ask(self, last=5):
+        """(question, answer, support) about one of the last statements, or None."""
+        recent = self.events[-last:]
         # in qa3 the place is drawn, and can be one that a reader cannot know: ten times
         times = 10 if self.task == "qa3" else 1
         for focus in self.rng.sample(recent, len(recent)) * times:
@@ -218,13 +218,13 @@ def line_up_places(rng, at_end):
     questions = [Line(question, x, (i,)) for i, (x, d, opposite, y) in enumerate(facts, 1)
                  for question in (f"What is {d} of the {y}?", f"What is the {y} {opposite} of?")]
     question = questions.pop(2 * rng.choice((0, 1)) + rng.choice((0, 1)))
-    return lines + [question] + rng.sample(questions, at_end)
+    return lines + [question] + rng.sample(questions, min(at_end, 3))
 
 
-def simulate(task, rng, questions=5, at_end=0, limit=math.inf):
+def simulate(task, rng, questions=5, at_end=0, last=5, limit=math.inf):
     """
     A story of `task`, a list of Lines: `questions` times some statements and a question, then up
-    to `at_end` other questions. None if it grows beyond `limit` lines.
+    to `at_end` other ones, on the `last` statements. None if it grows beyond `limit` lines.
     """
     if task == "qa4":
         return line_up_places(rng, at_end)
@@ -240,7 +240,7 @@ def simulate(task, rng, questions=5, at_end=0, limit=math.inf):
         lines.append(Line(*question))
     asked = {lines[-1].text}
     for _ in range(at_end):
-        question = world.ask()
+        question = world.ask(last)
         if question and question[0] not in asked:
             asked.add(question[0])
             lines.append(Line(*question))
@@ -573,11 +573,11 @@ class Babilong:
             at, budget = at + 1, budget - ends[-1]
         return sentences
 
-    def story(self, task, rng, dense=False, limit=math.inf):
-        """A story that ends with a question, or up to four if dense. None beyond `limit` lines."""
+    def story(self, task, rng, dense=0, limit=math.inf):
+        """A story that ends with a question, or more if dense. None beyond `limit` lines."""
         if self.stories is None:
-            questions, at_end = rng.randint(1, 5), rng.randint(0, 3) if dense else 0
-            return simulate(task, rng, questions, at_end, limit)
+            questions, at_end = rng.randint(1, 5), rng.randint(0, 3 * dense) if dense else 0
+            return simulate(task, rng, questions, at_end, 1000 if dense > 1 else 5, limit)
         # one from a file is taken as it is, up to a question
         story = rng.choice(self.stories[task])
         return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
@@ -595,10 +595,11 @@ class Babilong:
         majority, question_only = (100 * np.mean(right, axis=0)).round(1).tolist()
         return {"task": task, "majority": majority, "question_only": question_only}
 
-    def sample(self, task, seed, index, segments=None, length=None, dense=False, noise=True):
+    def sample(self, task, seed, index, segments=None, length=None, dense=0, noise=True):
         """
-        Sample `index`, of `segments` segments or a BABILong length, like "4k". dense: with more
-        questions, to train on; noise=False: newlines as haystack. Raises ValueError: too short.
+        Sample `index`, of `segments` segments or a BABILong length, like "4k". dense: 1 with more
+        questions, to train on, 2 with many; noise=False: newlines as haystack. Raises ValueError:
+        too short.
         """
         rng, T = random.Random(f"{seed}/{task}/{segments}/{length}/{index}"), self.block_size
         limit = segments * T // 5 if segments else math.inf  # a line has five tokens or more
@@ -615,7 +616,7 @@ class Babilong:
         T, n = self.block_size, 1  # n questions end the story
         while dense and story[-n - 1].answer:
             n += 1
-        between = dense and rng.random() < 0.5
+        between = dense and rng.random() < (0.5 if dense == 1 else 0.8)
         lines = [(i, self.encode(" " + text), self.encode(written(answer)) if answer else ())
                  for i, (text, answer, _) in enumerate(story, 1)]
         body, end = [line for line in lines[:-n] if between or not line[2]], lines[-n:]

@@ -81,6 +81,7 @@ def get_parser():
     flag("data", None, "train on this text, or on a folder's *.txt files, instead of stories; the "
          "last tenth is held out. data_dir gives the tokenizer")
     flag("tasks", "qa1", "bAbI tasks, like qa1,qa2, or all", babilong.parse_tasks)
+    flag("many_questions", False, "ask more in training texts, of older statements too")
     flag("seed", 1337, "of weights and training samples", number(int, 0, 2**63 - 1))
     group("model")
     flag("preset", None, "the sizes of a published model", choices=tuple(PRESETS))
@@ -438,8 +439,8 @@ def get_batch(data, args, it, segments, noise, running):
     B, tasks = args.batch_size // segments, args.tasks or [None]
     # tasks are drawn by their errors; one that is known, with running accuracy 1, stays in practice
     drawn = random.Random(f"{args.seed}/{it}/tasks").choices(range(len(tasks)), 1.1 - running, k=B)
-    samples = [data.sample(tasks[drawn[i]], args.seed, f"{it}.{i}", dense=True, segments=segments,
-                           noise=noise) for i in range(RANK, B, WORLD)]
+    samples = [data.sample(tasks[drawn[i]], args.seed, f"{it}.{i}", segments=segments, noise=noise,
+                           dense=1 + args.many_questions) for i in range(RANK, B, WORLD)]
     idx = np.stack([s.tokens for s in samples])
     targets = np.pad(idx[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     targets[targets == data.newline] = -1

@@ -274,7 +274,7 @@ def test_nothing_that_is_asked_was_learned(files, learned, asked, write, tmp_pat
     train, held_out, _ = write(babi_dir=str(tmp_path))
     known, new = (set(map(str, data.stories["qa1"])) for data in (train, held_out))
     assert (len(known), len(new)) == (learned, asked) and not known & new
-    assert train.sample("qa1", 0, 0, segments=2, dense=True).question == "Where is Mary?"
+    assert train.sample("qa1", 0, 0, segments=2, dense=1).question == "Where is Mary?"
 
 
 def test_stories_without_clear_parts_are_refused(write, tmp_path):
@@ -409,8 +409,8 @@ def test_tokenizer_file_round_trip_and_damage(encoding):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", [
-    {"segments": 12}, {"length": "0k"}, {"length": "2k"}, {"segments": 12, "dense": True},
-    {"segments": 12, "dense": True, "noise": False}])
+    {"segments": 12}, {"length": "0k"}, {"length": "2k"}, {"segments": 12, "dense": 1},
+    {"segments": 12, "dense": 2}, {"segments": 12, "dense": 1, "noise": False}])
 def test_samples_are_whole(task, size, data):
     T, decode = data.block_size, data.encoding.decode
     for i in range(20):
@@ -430,6 +430,26 @@ def test_samples_are_whole(task, size, data):
         if task not in ("qa4", "qa5"):
             facts = [(n, decode(s.tokens[slice(*s.facts[n])]).strip()) for n in sorted(s.facts)]
             assert (s.target, s.support) == expected(task, facts, s.question)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_many_questions(task, data):
+    train = babilong.Babilong(data.encoding, None, data.sentences, 64)
+    one, more, many = ([train.sample(task, 3, i, segments=12, dense=dense) for i in range(100)]
+                       for dense in range(3))
+    answers = [sum(len(s.answers) for s in samples) for samples in (one, more, many)]
+    assert answers[0] == 100 and answers[1] > 150 and answers[2] > 1.1 * answers[1]
+
+
+def test_questions_on_older_statements():
+    def oldest(last):
+        """How far back, in statements, the last question of a story goes at most."""
+        stories = [babilong.simulate("qa1", random.Random(i), at_end=6, last=last)
+                   for i in range(200)]
+        return max(sum(line.answer is None for line in story[story[-1].support[0] :])
+                   for story in stories)
+
+    assert oldest(5) < 5 < oldest(1000)
 
 
 def test_sizes(data):
