@@ -7,7 +7,7 @@ References:
 2) Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, the decoder
 3) RMT: Bulatov et al. 2022, https://arxiv.org/abs/2207.06881, the baseline
 
-Shapes, one letter one meaning (but in equations K and V are keys and values):
+Shapes (in equations K and V are keys and values):
     B batch     S segments of a text     T tokens of a segment (block_size)     V vocabulary
     C width     H heads     K key-value heads     D = C/H width of a head     L blocks with a bank
     N slots of a bank     w tokens of a chunk (chunk_size)     J = T/w chunks of a segment
@@ -18,11 +18,11 @@ in and comes out of every call:  states, loss, memory = model(idx, targets, memo
 
 HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
 the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
-pooled into one row, and its claim, 0 to 1, says how much that row is worth a slot. A chunk whose
+pooled into one row, and its claim, 0 to 1, says how well that row deserves a slot. A chunk whose
 claim is above 1/2 is written: the gates mix it into the oldest row, which moves to the front. All
-other rows stay as they are, for any number of segments. (In training P chunks, written or not, are
-mixed in, each as far as its claim: so claims can be learned.) Block 1, which sees single words,
-claims for its own bank, block 2 for all others: so they hold rows of the same chunks.
+other rows keep their content and move back. (In training P chunks, written or not, are mixed in,
+each as far as its claim: so claims can be learned.) Block 1, which sees little but single words,
+claims for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -164,8 +164,8 @@ class Memory(nn.Module):
         self.w_cand = nn.Linear(C, C, bias=False)  # W_c, starts as the identity
         # w_sal, at first all tokens alike. None: the block takes the saliences of the one before
         self.salience = nn.Parameter(torch.zeros(C)) if claims else None
-        # slot i is read as if it lay i + 1/2 chunks before the segment, as if all between had been
-        # written, but at most T before it: so more slots than T/w bring no new positions
+        # slot i is read as if it lay i + 1/2 chunks before the segment, but at most T tokens: slots
+        # from T/w on share the last position
         place = -((torch.arange(N) + 0.5) * self.chunk_size).clamp(max=config.block_size)
         self.register_buffer("rope", rope_table(config, place), persistent=False)  # (2, N, D)
         # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
@@ -177,7 +177,7 @@ class Memory(nn.Module):
         (B, S, J, C), s.
         """
         h = h.unflatten(2, (-1, self.chunk_size))  # (B, S, J, w, C)
-        # s = 8 h w_sal, a salience for each token; 8: this one vector must learn faster
+        # s = 8 h w_sal, a salience for each token; 8: a larger step for this one vector
         if self.salience is not None:
             s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
         # c = sum over the chunk of softmax(s) h
@@ -207,7 +207,7 @@ class Memory(nn.Module):
         banks, M = self.carry(M, c_in, c_forget, c_new, claim, source)
         return banks, M, s
 
-    @torch.compiler.disable  # compiled: one graph before it, one after, not one for each S
+    @torch.compiler.disable  # not compiled: that would make one graph for each S
     def carry(self, M, c_in, c_forget, c_new, claim, source):
         """All that is sequential: M (B, N, C) through S segments. Returns banks and M, as write."""
         banks, N, P = [], M.size(1), claim.size(2)
@@ -217,14 +217,14 @@ class Memory(nn.Module):
                 M = M.detach()
             banks.append(M)
             rest, old = M.split((N - P, P), dim=1)  # (B, N - P, C), (B, P, C)
-            m = rms_norm(old, 1e-20)  # tiny eps: a faded slot still counts
+            m = rms_norm(old, 1e-20)  # tiny eps: a small row is scaled up, too
             # (4)  g_in = sigmoid(c W_in + m U_in)              printed: sigmoid(E W_in)
             g_in = torch.sigmoid(c_in + self.u_in(m))  # (B, P, C)
             # (5)  g_forget = sigmoid(c W_forget + m U_forget)  printed: sigmoid(E_mem W_forget)
             g_forget = torch.sigmoid(c_forget + self.u_forget(m))  # (B, P, C)
             # (6)  M' = g_in tanh(c W_c) + g_forget M           printed: tanh(E_mem)
             new = g_in * c_new + g_forget * old  # (B, P, C)
-            row = torch.lerp(old, new, claim)  # (B, P, C), new as far as claimed; 0 keeps the old
+            row = torch.lerp(old, new, claim)  # (B, P, C), at claim 1 the new row, at 0 the old one
             M = torch.cat((rest, row), dim=1).gather(1, source)  # (B, N, C)
         return torch.stack(banks, dim=1), M
 
@@ -376,18 +376,19 @@ class LM2(nn.Module):
                 weights = (targets != -1) / (targets != -1).sum().clamp(min=1)
             loss = 0.0
             # in pieces: one array of all the logits would be slow, and the largest of all
-            for s, t, w in zip(*(y.flatten(0, 1).split(1024) for y in (x, targets, weights))):
-                nll = F.cross_entropy(self.head(s), t, ignore_index=-1, reduction="none")
-                loss = loss + (nll * w).sum()
+            pieces = (y.flatten(0, 1).split(1024) for y in (x, targets, weights))
+            for state, target, weight in zip(*pieces):
+                nll = F.cross_entropy(self.head(state), target, ignore_index=-1, reduction="none")
+                loss = loss + (nll * weight).sum()
             if self.training and log_odds is not None:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
-                # claim_price: a block should write nearly all, as a window, or little, as a memory;
-                # texts as short as the training's cannot show that needless rows push facts out
+                # claim_price: pulls each block's share towards 0 or 1. Training's texts are too
+                # short to show that needless rows push facts out
                 share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
                 cost = pull.mean(dim=(2, 3)) + claim_price * share * (1 - share)  # (L, B)
-                # a text counts as its targets do
+                # each text's cost has the weight of its targets
                 loss = loss + (cost.sum(dim=0) * weights.sum(dim=1)).sum()
         return x, loss, memory
 
