@@ -577,7 +577,8 @@ class Babilong:
         """A story that ends with a question, or more if dense. None beyond `limit` lines."""
         if self.stories is None:
             questions, at_end = rng.randint(1, 5), rng.randint(0, 3 * dense) if dense else 0
-            return simulate(task, rng, questions, at_end, 1000 if dense > 1 else 5, limit)
+            last = 5 if dense < 2 else 1000  # 1000: ask about any statement of the story
+            return simulate(task, rng, questions, at_end, last, limit)
         # one from a file is taken as it is, up to a question
         story = rng.choice(self.stories[task])
         return story[: rng.choice([i for i, line in enumerate(story, 1) if line.answer])]
