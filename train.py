@@ -82,6 +82,7 @@ def get_parser():
          "last tenth is held out. data_dir gives the tokenizer")
     flag("tasks", "qa1", "bAbI tasks, like qa1,qa2, or all", babilong.parse_tasks)
     flag("many_questions", False, "ask more in training texts, of older statements too")
+    flag("short_texts", 0.0, "share of the steps with one to four segments and no haystack", share)
     flag("seed", 1337, "of weights and training samples", number(int, 0, 2**63 - 1))
     group("model")
     flag("preset", None, "the sizes of a published model", choices=tuple(PRESETS))
@@ -519,6 +520,8 @@ def train(args, checkpoint, model, training, held_out, meta):
         rng, most = random.Random(f"{args.seed}/{it}"), stages[stage]
         segments = most if rng.random() < 0.5 else rng.randint(1, most)
         noise = stage > 0 and rng.random() < 0.8
+        if rng.random() < args.short_texts:
+            segments, noise = rng.randint(1, min(4, most)), False
         batch = get_batch(training, args, it, segments, noise, running)
         counts = total((batch[1] != -1).sum(), batch[2].sum(), *by_task(batch[3]))
         n_targets, n_answers, n_first = max(1, counts[0]), max(1, counts[1]), counts[2:]
