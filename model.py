@@ -63,7 +63,6 @@ class LM2Config:
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     chunk_size: int = 4  # w, tokens that share a slot
     n_memory_layers: int = 0  # L, the first blocks, which own a bank; 0: all
-    shared_claims: bool = True  # block 2 claims for all later blocks; False: each for itself
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
     bptt_segments: int = 0  # in training, cut the gradient after so many segments; 0: never
     activation_checkpointing: bool = False  # in training, compute a block twice, not keep it
@@ -295,7 +294,7 @@ class LM2(nn.Module):
         self.config = c = config
         L = (c.n_memory_layers or c.n_layer) if c.memory_type == "lm2" else 0
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c, has_memory=i < L, claims=i < 2 or not c.shared_claims)
+        self.blocks = nn.ModuleList(Block(c, has_memory=i < L, claims=i < 2)
                                     for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)

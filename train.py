@@ -95,7 +95,6 @@ def get_parser():
     flag("memory_slots", 16, "N, slots of a bank; RMT: memory tokens", number(int, 0, 2**16))
     flag("chunk_size", 4, "w, tokens that share a slot", size)
     flag("n_memory_layers", 0, "L, blocks with a bank, from the first on; 0: all", count)
-    flag("shared_claims", True, "block 2 claims for all later blocks, not each for itself")
     flag("memory_top_k", 0, "a token reads its k best slots; 0: all", count)
     flag("tie_embeddings", False, "one matrix for embedding and head, as in small Llamas")
     flag("qk_norm", True, "normalise queries and keys; Llama does not")

@@ -128,7 +128,7 @@ def test_bank_begins_as_identity_and_is_written_by_equations_4_to_6(N, training)
         found, left, _ = memory.write(claiming(memory, torch.full((3, 100, 4), -1)), M)
         assert torch.equal(left, M) and torch.equal(found, M[:, None].expand_as(found))
 
-def test_block_2_claims_for_all_later_blocks():
+def test_block_2_claims_for_all_later_blocks(monkeypatch):
     model, x = make(n_layer=4, n_memory_layers=3), torch.randn(2, 3, 8, 16, dtype=torch.float64)
     _, memory, odds = model.segments(x, model.initial_memory(2))  # odds (L, B, S, J)
     assert torch.equal(odds[1], odds[2]) and not (odds[0] == odds[1]).any()
@@ -136,7 +136,8 @@ def test_block_2_claims_for_all_later_blocks():
     model.blocks[1].memory.salience.data.neg_()
     changed = model.segments(x, model.initial_memory(2))[2]
     assert torch.equal(odds[0], changed[0]) and not (odds[1:] == changed[1:]).any()
-    model = make(n_layer=3, shared_claims=False)
+    monkeypatch.setattr("model.Memory", variants.Own)
+    model = make(n_layer=3)
     odds = model.segments(x, model.initial_memory(2))[2]
     assert not (odds[1] == odds[2]).any()
 

@@ -287,6 +287,16 @@ def test_tasks_are_drawn_by_their_errors(data_dir):
         assert set(kinds.tolist()) == {0, 1} and abs((kinds == 0).float().mean() - share) < 0.06
 
 
+def test_short_texts_have_no_haystack(data_dir, tmp_path, monkeypatch):
+    seen, get_batch = [], train.get_batch
+    monkeypatch.setattr(train, "get_batch", lambda *args: seen.append(args[2:5]) or get_batch(*args))
+    run(*flags(data_dir, tmp_path, short_texts=0.5, curriculum="8", stage_accuracy=1, stage_iters=4, max_iters=34))
+    assert all(call == (it, 1, False) for it, call in enumerate(seen[1:5])) and len(seen) == 35
+    # from now on up to 8 segments, less than 5 where there is no haystack
+    assert {s for _, s, noise in seen[5:] if not noise} > {1, 4} and max(s for _, s, noise in seen if noise) == 8
+    assert 0.3 < np.mean([s < 5 and not noise for _, s, noise in seen[5:]]) < 0.8
+
+
 def test_a_stage_ends_at_its_limit(data_dir, tmp_path):
     run(*flags(data_dir, tmp_path, stage_accuracy=1.0, stage_iters=3))
     assert [(row["iter"], row["stage"]) for row in log(tmp_path) if "stage" in row] == [(3, 1), (6, 2)]

@@ -7,6 +7,7 @@ queries         no queue: each slot attends to the tokens, and is updated in its
 routed          no queue: each token attends to the slots, a slot takes the mean of what it is sent
 ageless         slots have no place before the segment, and the younger does not count more
 offsets         W_K and W_V are the self-attention's plus a difference that starts at zero
+own             every block claims for its own bank, also after block 2
 unpulled        claims that are all but certain are not pulled back
 noise           nor are they here: in training, logistic noise on the log-odds keeps all in play
 """
@@ -26,6 +27,11 @@ def with_log_odds(s, change):
     """Saliences s (B, S, J, w) whose claims have other log-odds: change of those of s."""
     log_odds = s.logsumexp(dim=-1, keepdim=True)
     return s + change(log_odds) - log_odds
+
+
+class Own(model.Memory):
+    def __init__(self, config, claims):
+        super().__init__(config)
 
 
 class Unpulled(model.Memory):
@@ -102,7 +108,7 @@ class Routed(Queries):
 
 
 RULES = {rule.__name__.lower(): rule
-         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Unpulled, Noise)}
+         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise)}
 
 if __name__ == "__main__":
     import train
