@@ -16,6 +16,7 @@ from torch.cuda._utils import _get_device_index
 
 import compare
 import export
+import facts
 import prepare_babilong as babilong
 import sample
 import train
@@ -405,6 +406,29 @@ def test_shares_are_those_of_facts_and_of_haystack():
     rows = [{"fact_chunks": [10, 9, 0], "haystack_chunks": [100, 50, 1]}] * 2
     assert train.shares(rows) == "chunks written, of facts / of the haystack, in % by block: 90/50.0 0/1.0"
     assert train.shares([{"fact_chunks": [0], "haystack_chunks": [0]}]) == ""
+
+
+def test_facts_are_counted_by_their_need(data):
+    class Model(Oracle):
+        """Block 1 writes every chunk, block 2 those with the token " garden"."""
+
+        def segments(self, x, memory):
+            garden = (x[..., 0].int() == data.encode(" garden")[0]).unflatten(-1, (-1, 4)).any(dim=-1)
+            return x, memory, torch.stack((torch.ones_like(garden), garden)).float()
+
+        def initial_memory(self, batch_size):
+            return torch.zeros(2, batch_size, 1, 1)
+
+    samples = [data.sample("qa1", 0, i, segments=6) for i in range(40)]
+    needed, others, hay = sum(facts.count(Model(data), s) for s in samples)
+    # a chunk on the border of two facts counts for both
+    told = [(i in s.support, " garden" in data.encoding.decode(s.tokens[a // 4 * 4 : -(-b // 4) * 4]))
+            for s in samples for i, (a, b) in s.facts.items() if b <= 5 * 32]
+    for row, need in (needed, True), (others, False):
+        gardens = [garden for kind, garden in told if kind == need]
+        assert row.tolist() == [len(gardens), len(gardens), sum(gardens)] and 0 < row[2] < row[1]
+    assert hay[0] == hay[1] > 500 and hay[2] == 0
+    assert facts.count(Model(data), data.sample("qa1", 0, 0, segments=1)).sum() == 0
 
 
 def test_guessing_without_the_story(data_dir):
