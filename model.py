@@ -17,12 +17,13 @@ Self-attention sees one segment. What lies further back is known from the memory
 in and comes out of every call:  states, loss, memory = model(idx, targets, memory)
 
 HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
-the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens. Each is
-pooled into one row, and its claim, 0 to 1, says how well that row deserves a slot. A chunk whose
-claim is above 1/2 is written: the gates mix it into the oldest row, which moves to the front. All
-other rows keep their content and move back. (In training P chunks, written or not, are mixed in,
-each as far as its claim: so claims can be learned.) Block 1, which sees little but single words,
-claims for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
+the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens:
+1. A chunk becomes one row, a weighted mean of its tokens, and a claim, 0 to 1: worth a slot?
+2. If its claim is above 1/2, the gates mix its row into the oldest slot,
+3. which moves to the front. All other slots keep their content and move back.
+In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
+learned. Block 1, which sees little but single words, claims for its own bank, block 2 for all later
+ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -193,10 +194,10 @@ class Memory(nn.Module):
         written = log_odds > 0  # (B, S, J)
         # in training every row counts as far as its claim, so that claims have a gradient
         claim = log_odds.sigmoid() if self.training else written.type_as(log_odds)
-        # sort unwritten chunks before written ones, each in text order, and pair the last P with
+        # unwritten chunks first, then written ones, each in text order. The last P are paired with
         # the P oldest slots: the last one written meets the oldest of all, slot N - 1
-        N, J = M.size(1), claim.size(2)
-        order = (written * J + torch.arange(J, device=h.device)).argsort(dim=2)[..., -N:]
+        N = M.size(1)
+        order = written.int().argsort(dim=2, stable=True)[..., -N:]  # (B, S, P)
         c = c.gather(2, order[..., None].expand(-1, -1, -1, c.size(3)))  # (B, S, P, C)
         claim = claim.gather(2, order)[..., None]  # (B, S, P, 1)
         # the n rows written then move to the front, in reverse: the last of the text is slot 0
@@ -341,17 +342,20 @@ class LM2(nn.Module):
         Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S*T, C),
         the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
         """
-        rope, s, written = self.rope[:, : x.size(2)], None, []
+        rope, s, banks, log_odds = self.rope[:, : x.size(2)], None, [], []
         for i, block in enumerate(self.blocks):
             M = memory[i] if block.memory is not None else None  # (B, N, C)
             if self.training and self.config.activation_checkpointing:
                 x, M, s = checkpoint(block, x, rope, M, s, use_reentrant=False)
             else:
                 x, M, s = block(x, rope, M, s)
-            if s is not None and M is not None:
-                written.append((M, s.logsumexp(dim=-1)))
-        memory, log_odds = map(torch.stack, zip(*written)) if written else (memory, None)
-        return self.norm(x).flatten(1, 2), memory, log_odds
+            if s is not None and M is not None:  # the block has written
+                banks.append(M)
+                log_odds.append(s.logsumexp(dim=-1))
+        x = self.norm(x).flatten(1, 2)
+        if not banks:
+            return x, memory, None
+        return x, torch.stack(banks), torch.stack(log_odds)
 
     def forward(self, idx, targets=None, memory=None, weights=None, claim_price=0.0):
         """

@@ -54,11 +54,12 @@ NUMBERS = ("none", "one", "two", "three")
 LABELS = dict.fromkeys(TASKS, PLACES) | {
     "qa5": PEOPLE["qa5"] + OBJECTS, "qa6": ("yes", "no"), "qa7": NUMBERS,
     "qa8": (*OBJECTS, "nothing"), "qa9": ("yes", "no"), "qa10": ("yes", "no", "maybe")}
-KINDS = dict.fromkeys(TASKS, ("move", "get", "drop")) | {
-    "qa1": ("move",), **dict.fromkeys(("qa5", "qa7"), ("move", "get", "drop", "give"))}
-FOCUS = dict.fromkeys(TASKS, ("get", "drop", "give")) | {  # the kinds that are asked about
-    "qa1": ("move",), "qa5": ("give",), "qa6": ("move",),
-    "qa9": ("move", "not"), "qa10": ("move", "either")}
+KINDS = {  # of what happens; qa4, qa9 and qa10 have their own rules
+    "qa1": ("move",), **dict.fromkeys(("qa2", "qa3", "qa6", "qa8"), ("move", "get", "drop")),
+    **dict.fromkeys(("qa5", "qa7"), ("move", "get", "drop", "give"))}
+FOCUS = {  # the kinds that are asked about
+    "qa1": ("move",), **dict.fromkeys(("qa2", "qa3", "qa7", "qa8"), ("get", "drop", "give")),
+    "qa5": ("give",), "qa6": ("move",), "qa9": ("move", "not"), "qa10": ("move", "either")}
 VERBS = {"move": ("moved", "went", "went back", "journeyed", "travelled"),
          "get": ("picked up", "grabbed", "took", "got"),
          "drop": ("put down", "dropped", "left", "discarded"),

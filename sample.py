@@ -65,9 +65,11 @@ class Reader:
 
     def feed(self, tokens):
         """Reads a list of tokens as model.read does, a segment at a time, to see what it writes."""
+        if not tokens:
+            return
         (memory, tail), c = self.state, self.model.config
         idx = torch.cat((tail, torch.tensor([tokens]).to(tail)), dim=1)  # (1, t + n)
-        for part in idx.split(c.block_size, dim=1) if tokens else ():
+        for part in idx.split(c.block_size, dim=1):
             states, memory, log_odds = self.model.segments(self.model.embed(part)[:, None], memory)
             self.logits = self.model.head(states[:, -1])  # (1, V)
             self.state, self.last = (memory, part[:, : part.size(1) % c.block_size]), part

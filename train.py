@@ -294,17 +294,16 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
                 right = babilong.score(task, s.question, s.target, data.encoding.decode(answer))
                 # do the facts that it takes lie before the last segment?
                 outside = s.facts and all(s.facts[i][1] <= len(s.tokens) - T for i in s.support)
-                # right; is it counted: in all, among those from outside the last segment; tokens
-                answers.append((right, True, bool(outside), len(s.tokens)))
+                answers.append((right, bool(outside), len(s.tokens)))
     if WORLD > 1:
         gathered = [None] * WORLD
         dist.all_gather_object(gathered, (answers, chunks))
         answers, chunks = (sum(part[1:], part[0]) for part in zip(*gathered))
-    right, *kinds, tokens = np.array(answers or [[0] * 4]).T
-    row = {"task": task, "length": None, "segments": None, **size, "tokens": int(tokens.mean()),
+    tokens = int(np.mean([tokens for _, _, tokens in answers] or [0]))
+    row = {"task": task, "length": None, "segments": None, **size, "tokens": tokens,
            "fact_chunks": chunks[0].tolist(), "haystack_chunks": chunks[1].tolist()}
-    for name, kind in zip(("", "_outside"), kinds):
-        n, correct = int(kind.sum()), int((right & kind).sum())
+    for name, kind in ("", answers), ("_outside", [a for a in answers if a[1]]):
+        n, correct = len(kind), sum(right for right, _, _ in kind)
         accuracy = round(100 * correct / n, 1) if n else None
         row.update({"n" + name: n, "correct" + name: correct, "accuracy" + name: accuracy})
     return row
@@ -548,7 +547,8 @@ def train(args, checkpoint, model, training, held_out, meta):
             losses += loss.item()
             with torch.no_grad():  # of each answer its first token, with the true text before it
                 at = first >= 0
-                right += by_task(first[at][model.head(x[at]).argmax(-1) == targets[at]])
+                said = model.head(x[at]).argmax(dim=-1)
+                right += by_task(first[at][said == targets[at]])
         clip = args.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
         losses, stop, *right = total(losses, len(stopped), *right)
@@ -562,8 +562,9 @@ def train(args, checkpoint, model, training, held_out, meta):
         accuracy = sum(right) / max(1, sum(n_first))
 
         if segments == most and (noise or stage == 0):
-            # of the tasks that were in the batch
-            running += 0.1 * (n_first > 0) * (right / np.maximum(n_first, 1) - running)
+            for task, n in enumerate(n_first):
+                if n:  # it was in the batch
+                    running[task] += 0.1 * (right[task] / n - running[task])
         late = args.stage_iters and it - began >= args.stage_iters
         if (running.mean() > args.stage_accuracy or late) and stage < len(stages) - 1:
             stage, began, running[:] = stage + 1, it, 0.0
