@@ -23,8 +23,9 @@ def count(model, sample):
     S = sample.prompt // T  # the segments before the question's
     memory = model.initial_memory(1)
     written = [np.zeros((len(memory), 0), dtype=bool)]
-    for part in torch.from_numpy(sample.tokens[: S * T]).to(memory.device).view(1, S, T).split(256, dim=1) if S else ():
-        _, memory, log_odds = model.segments(model.embed(part), memory)
+    idx = torch.from_numpy(sample.tokens[: S * T]).to(memory.device).view(1, S, T)
+    for at in range(0, S, 256):
+        _, memory, log_odds = model.segments(model.embed(idx[:, at : at + 256]), memory)
         written.append(log_odds.flatten(1).cpu().numpy() > 0)
     written = np.concatenate(written, axis=1)  # (L, S*J)
     hay, counts = np.ones(written.shape[1], dtype=bool), np.zeros((3, 1 + len(written)), dtype=int)
