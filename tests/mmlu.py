@@ -1,7 +1,7 @@
 """
 MMLU (Hendrycks et al. 2021, https://arxiv.org/abs/2009.03300) in the rows of the paper's Table 2.
 
-$ python tests/mmlu.py DATA --out_dir=out-llama    # DATA/dev/NAME_dev.csv, DATA/test/NAME_test.csv
+$ python tests/mmlu.py DIR --out_dir=out-llama    # DIR/dev/NAME_dev.csv, DIR/test/NAME_test.csv
 
 Examples and question are one text, read segment by segment; the memory carries the examples.
 """
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--shots", type=number(int, 0, 5), default=5, help="examples; default: 5")
     args, rows = parser.parse_args(), {}
     model, encoding = load_model(load_checkpoint(args.out_dir), pick_device("auto"))
-    for path in sorted(args.data.glob("test/*_test.csv")) or parser.error("data has no test/*.csv"):
+    for path in sorted(args.data.glob("test/*_test.csv")) or parser.error(f"no test/*.csv in {args.data}"):
         name = path.stem.removesuffix("_test")
         level = next(level for level in LEVELS if name.startswith(level))
         kind = next((k for k in KINDS if name.removeprefix(level) in KINDS[k].split()), "Other")

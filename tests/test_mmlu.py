@@ -89,4 +89,4 @@ def test_table_and_errors(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mmlu.py", "nowhere"])
     with pytest.raises(SystemExit):
         mmlu.main()
-    assert "error: data has no test/*.csv" in capsys.readouterr().err
+    assert "error: no test/*.csv in nowhere" in capsys.readouterr().err
