@@ -19,11 +19,12 @@ in and comes out of every call:  states, loss, memory = model(idx, targets, memo
 HOW DO T TOKENS UPDATE N SLOTS? The paper does not say: its gates have T rows, its bank has N. Here
 the bank is a queue, the youngest slot first. A full segment is cut into chunks of w tokens:
 1. A chunk becomes one row, a weighted mean of its tokens, and a claim, 0 to 1: worth a slot?
-2. If its claim is above 1/2, the gates mix its row into the oldest slot,
+2. If its claim is above 3/4, the gates mix its row into the oldest slot,
 3. which moves to the front. All other slots keep their content and move back.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
-learned. Block 1, which sees little but single words, claims for its own bank, block 2 for all later
-ones: so they hold rows of the same chunks.
+learned. There a claim above 1/2 is enough to move to the front: a little needless, and the loss
+shows it, so that it falls far below 3/4. Block 1, which sees little but single words, claims for
+its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -63,6 +64,7 @@ class LM2Config:
     memory_type: str = "lm2"  # "lm2", "rmt" or "none"
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     chunk_size: int = 4  # w, tokens that share a slot
+    claim_threshold: float = 0.75  # a chunk with a larger claim is written; in training 1/2
     n_memory_layers: int = 0  # L, the first blocks, which own a bank; 0: all
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
     bptt_segments: int = 0  # in training, cut the gradient after so many segments; 0: never
@@ -155,6 +157,7 @@ class Memory(nn.Module):
         C, N = config.n_embd, config.memory_slots
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
         self.bptt_segments = config.bptt_segments
+        self.threshold = torch.tensor(config.claim_threshold).double().logit().item()
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V
@@ -183,14 +186,18 @@ class Memory(nn.Module):
         # c = sum over the chunk of softmax(s) h
         return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s
 
+    def log_odds(self, s):
+        """The claims' log-odds (B, S, J) less the threshold's: a chunk above 0 is written."""
+        # claim = sigmoid(logsumexp(s)) = sum e^s / (1 + sum e^s); at first w / (w + 1)
+        return s.logsumexp(dim=-1) - (0.0 if self.training else self.threshold)
+
     def write(self, h, M, s=None):
         """
         h (B, S, T, C) of S full segments, M (B, N, C) before them, s as in candidates. Returns the
         bank as each segment finds it (B, S, N, C), as the last one leaves it (B, N, C), and s.
         """
         c, s = self.candidates(h, s)
-        # claim = sigmoid(logsumexp(s)) = sum e^s / (1 + sum e^s); at first w / (w + 1): all written
-        log_odds = s.logsumexp(dim=-1)  # (B, S, J)
+        log_odds = self.log_odds(s)  # (B, S, J)
         written = log_odds > 0  # (B, S, J)
         # in training every row counts as far as its claim, so that claims have a gradient
         claim = log_odds.sigmoid() if self.training else written.type_as(log_odds)
@@ -340,7 +347,7 @@ class LM2(nn.Module):
     def segments(self, x, memory):
         """
         Reads embedded tokens x (B, S, T, C), S segments of one length. Returns states (B, S*T, C),
-        the memory, written if the segments are full, and claims' log-odds (L, B, S, J) or None.
+        the memory, written if the segments are full, and log_odds (L, B, S, J), or None.
         """
         rope, s, banks, log_odds = self.rope[:, : x.size(2)], None, [], []
         for i, block in enumerate(self.blocks):
@@ -351,7 +358,7 @@ class LM2(nn.Module):
                 x, M, s = block(x, rope, M, s)
             if s is not None and M is not None:  # the block has written
                 banks.append(M)
-                log_odds.append(s.logsumexp(dim=-1))
+                log_odds.append(block.memory.log_odds(s))
         x = self.norm(x).flatten(1, 2)
         if not banks:
             return x, memory, None

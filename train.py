@@ -43,7 +43,8 @@ PRESETS = {"lm2-1.7b": {"block_size": 2048, "n_layer": 16, "n_head": 32, "n_kv_h
                         "tie_embeddings": True, "qk_norm": False, "token_shift": False}}
 # flags that a resumed run does not take from its checkpoint, and those of its model that may change
 NOT_KEPT = "out_dir", "init_from", "eval_only", "results", "device", "preset"
-MAY_CHANGE = "memory_slots", "memory_top_k", "bptt_segments", "activation_checkpointing"
+MAY_CHANGE = ("memory_slots", "claim_threshold", "memory_top_k", "bptt_segments",
+              "activation_checkpointing")
 
 # -----------------------------------------------------------------------------
 # flags
@@ -94,6 +95,7 @@ def get_parser():
     flag("memory_type", "lm2", "the memory, or a baseline", choices=("lm2", "rmt", "none"))
     flag("memory_slots", 16, "N, slots of a bank; RMT: memory tokens", number(int, 0, 2**16))
     flag("chunk_size", 4, "w, tokens that share a slot", size)
+    flag("claim_threshold", 0.75, "a chunk with a larger claim is written; in training 1/2", share)
     flag("n_memory_layers", 0, "L, blocks with a bank, from the first on; 0: all", count)
     flag("memory_top_k", 0, "a token reads its k best slots; 0: all", count)
     flag("tie_embeddings", False, "one matrix for embedding and head, as in small Llamas")
@@ -112,7 +114,7 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
-    flag("claim_price", 0.01, "while the learning rate falls, times share x (1 - share) of the "
+    flag("claim_price", 0.0, "while the learning rate falls, times share x (1 - share) of the "
          "chunks that a block writes, a part of the loss", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")

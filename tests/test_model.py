@@ -80,7 +80,7 @@ def test_block_reads_by_equations_1_to_3(K, top_k, qk_norm):
 
 def write_loop(memory, h, M, training):
     """The banks that the segments find, and what the last one leaves, a chunk at a time."""
-    N, found, left = M.size(1), [], []
+    N, least, found, left = M.size(1), 0.5 if training else 0.75, [], []
     for text, bank in zip(h, map(list, M)):  # (S, T, C), N rows (C)
         for segment in text:
             found.append(torch.stack(bank))
@@ -89,22 +89,23 @@ def write_loop(memory, h, M, training):
                 e = [math.exp(8 * (row @ memory.salience)) for row in chunk]
                 c = sum(x / sum(e) * row for x, row in zip(e, chunk))
                 claim = sum(e) / (1 + sum(e))
-                (written if claim > 0.5 else others).append((c, claim))
+                (written if claim > least else others).append((c, claim))
             offered, n = (others + written)[-N:], min(len(written), N)
             for i, (c, claim) in enumerate(offered, start=N - len(offered)):
                 old, m = bank[i], rms(bank[i], 1e-20)
                 g_in = torch.sigmoid(memory.w_in.weight @ c + memory.u_in.weight @ m)
                 g_forget = torch.sigmoid(memory.w_forget.weight @ c + memory.u_forget.weight @ m)
                 new = g_in * torch.tanh(memory.w_cand.weight @ c) + g_forget * old
-                claim = claim if training else claim > 0.5
+                claim = claim if training else claim > least
                 bank[i] = claim * new + (1 - claim) * old
             bank = bank[N - n :][::-1] + bank[: N - n]
         left.append(torch.stack(bank))
     return torch.stack(found).view(*h.shape[:2], N, -1), torch.stack(left)
 
 def claiming(memory, claims):
-    """h (B, S, T, C) whose chunks have log-odds -2 to 2, of the signs in claims (B, S, J)."""
+    """h (B, S, T, C) whose chunks are up to 2 of log-odds above or below the threshold, as claims."""
     s = claims.repeat_interleave(2, dim=2) * 2 * torch.rand(*claims.shape[:2], 8) - math.log(2)
+    s = s + (0 if memory.training else math.log(3))  # 3/4 : 1/4
     h, w = torch.randn(*s.shape, 16, dtype=torch.float64), memory.salience
     return h + (s / 8 - h @ w)[..., None] * w / (w @ w)
 
@@ -121,7 +122,7 @@ def test_bank_begins_as_identity_and_is_written_by_equations_4_to_6(N, training)
         row[torch.randperm(4)[:n]] = 1
     h, M = claiming(memory, claims), torch.randn(3, N, 16, dtype=torch.float64)
     found, left, s = memory.write(h, M)
-    assert torch.equal(s.logsumexp(dim=-1).sign(), claims.double())
+    assert torch.equal(memory.log_odds(s).sign(), claims.double())
     close((found, left), write_loop(memory, h, M, training), 1e-12)
     if not training:  # what is not claimed stays bit for bit
         assert torch.equal(found[2, 2, 4:], found[2, 1, :-4])  # four are new
@@ -199,7 +200,7 @@ def test_rmt_is_memory_tokens_around_the_segment():
     close((states, memory[0].double()), (torch.cat(parts, dim=1), M), 1e-5)
 
 def test_memory_stays_float32_under_bfloat16():
-    model, idx = make(torch.float32), tokens(2, 16)
+    model, idx = make(torch.float32, claim_threshold=0.5), tokens(2, 16)
     for block in model.blocks:  # else rounding may decide whether a chunk is written
         block.memory.salience.data.zero_()
     with torch.autocast("cpu", dtype=torch.bfloat16):

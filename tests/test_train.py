@@ -451,6 +451,10 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
     run(*flags(data_dir, tmp_path))
     common = ["--eval_only", f"--out_dir={tmp_path}", "--device=cpu"]
     assert run(*common) == 0 and results(tmp_path)["results"] == results(tmp_path, "eval.json")["results"]
+    for threshold, written in (0, 1), (1, 0):  # all claims are between
+        run(*common, f"--claim_threshold={threshold}")
+        for row in results(tmp_path, "eval.json")["results"]:
+            assert all(n == written * row["fact_chunks"][0] for n in row["fact_chunks"][1:])
     babi = "".join(f"1 Mary went to the {p}.\n2 Where is Mary? \t{p}\t1\n" for p in babilong.PLACES)
     (tmp_path / "qa1_one_test.txt").write_text(babi)
     other = tmp_path / "other.json"
