@@ -76,6 +76,8 @@ class LM2Config:
             self.memory_type, self.memory_slots = "none", 0
         self.n_kv_head = self.n_kv_head or self.n_head
         self.intermediate_size = self.intermediate_size or math.ceil(self.n_embd / 6) * 16
+        if not 0 < self.claim_threshold < 1:
+            raise ValueError(f"claim_threshold must be between 0 and 1, not {self.claim_threshold}")
         for name, of, unit in (("n_embd", "2 x n_head", 2 * self.n_head),
                                ("n_head", "n_kv_head", self.n_kv_head),
                                ("block_size", "chunk_size", self.chunk_size)):
@@ -157,7 +159,7 @@ class Memory(nn.Module):
         C, N = config.n_embd, config.memory_slots
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
         self.bptt_segments = config.bptt_segments
-        self.threshold = torch.tensor(config.claim_threshold).double().logit().item()
+        self.threshold = math.log(config.claim_threshold / (1 - config.claim_threshold))
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V

@@ -451,7 +451,7 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
     run(*flags(data_dir, tmp_path))
     common = ["--eval_only", f"--out_dir={tmp_path}", "--device=cpu"]
     assert run(*common) == 0 and results(tmp_path)["results"] == results(tmp_path, "eval.json")["results"]
-    for threshold, written in (0, 1), (1, 0):  # all claims are between
+    for threshold, written in (0.01, 1), (0.99, 0):  # all claims are between
         run(*common, f"--claim_threshold={threshold}")
         for row in results(tmp_path, "eval.json")["results"]:
             assert all(n == written * row["fact_chunks"][0] for n in row["fact_chunks"][1:])
@@ -591,6 +591,7 @@ def test_text_that_is_none(data_dir, tmp_path):
     ("--n_kv_head=3", "n_head"), ("--batch_size=4", "--batch_size"), ("--seed=1e3", "--seed"),
     ("--intervention=reset --memory_slots=0", "--intervention"), ("--block_size=30", "block_size"),
     ("--intervention=swap --retrieve=3", "--retrieve"), ("--chunk_size=0", "--chunk_size"),
+    ("--claim_threshold=1", "claim_threshold"),
     ("--freeze_decoder --memory_type=none", "--freeze_decoder"), ("--data=x --retrieve=2", "--data"), ("--babi_dir=", "empty"),
     ("--results=.", "--results"), ("--results=nowhere/x.json", "--results"),
     ("--eval_only --out_dir=nowhere", "no checkpoint nowhere/ckpt.pt")])
