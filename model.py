@@ -22,8 +22,8 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 2. If its claim is above 3/4, the gates mix its row into the oldest slot,
 3. which moves to the front. All other slots keep their content and move back.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
-learned. There a claim above 1/2 is enough to move to the front: a little needless, and the loss
-shows it, so that it falls far below 3/4. Block 1, which sees little but single words, claims for
+learned. There a claim above 1/2 is enough to move to the front: what does so needlessly costs
+loss, and most of it ends below 3/4. Block 1, which sees little but single words, claims for
 its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
