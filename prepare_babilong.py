@@ -270,10 +270,10 @@ def read_documents(path):
 
 def write_file(path, content):
     """Writes text or bytes: a file whole or not at all, its mode kept; through links and pipes."""
-    path = Path(os.path.realpath(path))
     content = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():
-        return path.write_bytes(content)
+    if Path(path).exists() and not Path(path).is_file():
+        return Path(path).write_bytes(content)
+    path = Path(os.path.realpath(path))
     new = Path(f"{path}.tmp")
     try:
         new.write_bytes(content)
@@ -299,7 +299,7 @@ def read_babi(path):
     for number, row in enumerate(read_text(path).split("\n"), 1):
         if not row.strip():
             continue
-        match = re.fullmatch(r"(\d+) ([^\t]+?) *(?:\t([^\t]+)\t([\d ]+))?", row)
+        match = re.fullmatch(r"(\d+) ([^\t]+?) *(?:\t([^\t]+)\t(\d[\d ]*))?", row)
         i, text, answer, support = match.groups() if match else ("0", None, None, None)
         if int(i) == 1:
             stories.append([])
@@ -329,6 +329,9 @@ def find_babi(folder, task, split=None):
         raise ValueError(f"{folder} holds {len(files)} files for {task} (in {where}): name a "
                          f"folder with one, or with {task}_*_train.txt and {task}_*_test.txt")
     stories = read_babi(files[0])
+    for line in chain(*stories):
+        if line.answer:
+            check_target(files[0], task, line.text, line.answer)
     if split and not published:
         at = len(stories) * 9 // 10
         return stories[:at] if split == "train" else stories[at:]
@@ -532,6 +535,12 @@ def score(task, question, target, output):
     return (labels & output) - (question - target) == target
 
 
+def check_target(path, task, question, target):
+    """Raises ValueError for a target, of a file, that no answer could match."""
+    if not score(task, question, target, written(target)):
+        raise ValueError(f"{path}: {target!r} is no answer to a question of {task}")
+
+
 def digest(content):
     """The first 16 characters of a hash of bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
@@ -559,10 +568,6 @@ class Babilong:
         # a task's answers all take the room of its longest: the place must not tell the length
         answers = LABELS | {"qa8": (",".join(OBJECTS), "nothing")}
         self.room = {t: max(len(self.encode(written(a))) for a in answers[t]) for t in TASKS}
-
-    def digest(self):
-        """A hash of everything that samples are made of."""
-        return digest(repr((self.stories, self.sentences)).encode())
 
     def noise(self, rng, budget, cost):
         """Sentences from a random place on, whose tokens cost `budget` at most; the last is cut."""
@@ -693,14 +698,8 @@ class Published(Babilong):
         path = Path(self.folder, task, f"{length}.json")
         records = parse_records(read_text(path))
         for record in records:
-            target = record["target"]
-            if not score(task, record["question"], target, written(target)):
-                raise ValueError(f"{path}: {target!r} is no answer to a question of {task}")
+            check_target(path, task, record["question"], record["target"])
         return records
-
-    def digest(self):
-        """A hash of the files."""
-        return digest(b"".join(p.read_bytes() for p in sorted(Path(self.folder).rglob("*.json"))))
 
     def sample(self, task, seed, index, length):
         """Sample `index` of a file. Newlines before the question fill the segments up."""
@@ -757,8 +756,10 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     on if simulated), and last meta.json, without which it is not used. Raises ValueError, OSError.
     """
     data_dir = Path(data_dir)
-    ours = {"tokenizer.json", "meta.json", "train", "eval"}
-    if foreign := {p.name.removesuffix(".tmp") for p in data_dir.glob("[!.]*")} - ours:
+    ours = {"tokenizer.json", "meta.json", "train", "eval", "background.txt",
+            *(f"{task}.txt" for task in TASKS)}
+    found = chain(data_dir.glob("[!.]*"), data_dir.glob("[!.]*/[!.]*"))
+    if foreign := {p.name.removesuffix(".tmp") for p in found} - ours:
         raise ValueError(f"{data_dir} holds {min(foreign)}, which is not of prepare_babilong.py: "
                          "name another --data_dir")
     for split in "train", "eval":  # before the work, so that a mistake shows at once
@@ -866,15 +867,14 @@ class Parser(argparse.ArgumentParser):
         self.group.add_argument(f"--{name}", default=default, help=help, **how)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a finite float from low to high."""
+def number(kind, low, high):
+    """An argparse type: an int or a float from low to high."""
     def parse(text):
         try:
-            value = kind(text)
+            if low <= kind(text) <= high:
+                return kind(text)
         except ValueError:
-            value = math.nan
-        if low <= value <= high and math.isfinite(value):
-            return value
+            pass
         name = "a whole number" if kind is int else "a number"
         raise ArgumentTypeError(f"takes {name} from {low} to {high}, not {text!r}")
     return parse

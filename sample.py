@@ -240,12 +240,12 @@ def main(args):
         reader.respond(text, args)
     if args.interactive:
         chat(reader, args)
+    if args.save_memory:
+        reader.save(args.save_memory)
     if args.show_memory:
         reader.show()
     if args.heatmap:
         write_file(args.heatmap, reader.draw())
-    if args.save_memory:
-        reader.save(args.save_memory)
 
 
 if __name__ == "__main__":

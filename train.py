@@ -247,7 +247,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise ValueError(f"--device={name} cannot be used here ({first_line(e)})") from None
 
 
@@ -269,7 +269,8 @@ def evaluate(model, data, task, seed, n, intervention="none", retrieve=0, **size
     for _, group in groupby(samples, key=lambda s: len(s.tokens)):
         group = list(group)
         for batch in (group[i : i + 64] for i in range(0, len(group), 64)):
-            prompts = [data.retrieve(s, retrieve) if retrieve else s.tokens[:-room] for s in batch]
+            prompts = [data.retrieve(s, retrieve) if retrieve else s.tokens[: s.prompt]
+                       for s in batch]
             idx = torch.from_numpy(np.stack(prompts)).to(device)
             B, S = len(batch), idx.size(1) // T
             before, last = idx[:, : S * T].view(B, S, T), idx[:, S * T :]
@@ -358,7 +359,7 @@ def print_table(rows, guesses):
         print(text)
 
 
-def final_table(args, checkpoint, model, training, evaluated, seed):
+def final_table(args, checkpoint, model, training, evaluated, meta):
     """Evaluates, prints the table and writes results.json, or eval.json."""
     sizes = [{"length": length} for length in args.eval_lengths]
     sizes += [{"segments": s} for s in args.eval_segments if s and not args.babilong_dir]
@@ -370,7 +371,7 @@ def final_table(args, checkpoint, model, training, evaluated, seed):
         elif babilong.characters(size.get("length", "0k")) > long:
             n = -(-n // 10)
         how = args.intervention, args.retrieve
-        rows.append(evaluate(model, evaluated, task, seed, n, *how, **size))
+        rows.append(evaluate(model, evaluated, task, meta["seed"], n, *how, **size))
     if RANK == 0:
         guesses = [training.guess(evaluated, task) for task in args.tasks]
         if rows:
@@ -382,7 +383,7 @@ def final_table(args, checkpoint, model, training, evaluated, seed):
                   f"{text['perplexity']} ({text['tokens']} tokens)")
         config = {**vars(args), **asdict(model.config), "parameters": model.num_params(),
                   "iter_num": checkpoint["iter_num"] if args.eval_only else args.max_iters}
-        results = {"config": config, "data_hash": evaluated.digest(), "results": rows,
+        results = {"config": config, "data_hash": meta["hash"], "results": rows,
                    "guesses": guesses, "perplexities": texts}
         name = "eval.json" if args.eval_only else "results.json"
         path = args.results or Path(args.out_dir if Path(args.out_dir).is_dir() else "", name)
@@ -467,17 +468,18 @@ def train(args, checkpoint, model, training, held_out, meta):
     if checkpoint:
         it, stage = checkpoint["iter_num"], checkpoint["stage"]
         began, running[:] = checkpoint["began"], checkpoint["running"]
-        torch.set_rng_state(checkpoint["rng"])
         if len(checkpoint["optimizers"]) != len(optimizers):
-            raise ValueError("--muon_lr cannot become zero, or more than zero, in the same run")
+            raise ValueError("the run had other optimizers: --muon_lr cannot become zero, or more "
+                             "than zero, in the same run, and an exported model has none")
+        torch.set_rng_state(checkpoint["rng"])
         for optimizer, kept in zip(optimizers, checkpoint["optimizers"]):
             # the moments are the checkpoint's; rates, betas and decays are the flags'
             optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["state"]})
     # what the last segment writes is read by nobody: some weights can be without gradient
     network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
     stopped = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopped.append(True))
+    before = {name: signal.signal(name, lambda *_: stopped.append(True))
+              for name in (signal.SIGINT, signal.SIGTERM)}
     if RANK == 0:
         if not checkpoint and Path(args.out_dir, "ckpt.pt").exists():
             raise ValueError(f"another run has begun in {args.out_dir}: name another --out_dir")
@@ -594,8 +596,8 @@ def train(args, checkpoint, model, training, held_out, meta):
                 say(f": perplexity {text['perplexity']}", **text)
         if RANK == 0 and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_DFL)
+    for name, handler in before.items():
+        signal.signal(name, handler)
     return not stop
 
 
@@ -637,6 +639,8 @@ def get_data(args, checkpoint):
     evaluated = held_out
     if args.babilong_dir:
         evaluated = babilong.Published(held_out, args.babilong_dir)
+        for task, length in product(args.tasks, args.eval_lengths):
+            evaluated.read(task, length)  # what is missing shows before training, not after
     elif args.babi_dir or args.background:
         stories, sentences = held_out.stories, held_out.sentences
         if args.babi_dir:
@@ -670,9 +674,9 @@ def main(args, checkpoint):
         model.to(device, torch.float64 if args.dtype == "float64" else torch.float32)
     for name, weight in model.named_parameters():
         weight.requires_grad_("memory" in name or not args.freeze_decoder)
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        compile_blocks(model, must=args.compile == "on")
     if not args.eval_only:
+        if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+            compile_blocks(model, must=args.compile == "on")
         if RANK == 0:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
             c, n = model.config, f"{model.num_params():,} parameters"
@@ -684,7 +688,7 @@ def main(args, checkpoint):
                 print(f"stopped; --init_from=resume --out_dir={args.out_dir} goes on")
             return 130
     model.eval()
-    final_table(args, checkpoint, model, training, evaluated, meta["seed"])
+    final_table(args, checkpoint, model, training, evaluated, meta)
     if WORLD > 1:
         dist.destroy_process_group()
     return 0
@@ -699,7 +703,7 @@ if __name__ == "__main__":
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
             sys.exit("train.py: error: out of memory: lower --batch_size, or raise "
                      f"--gradient_accumulation_steps ({first_line(e)})")
-        if dist.is_initialized():
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
             sys.exit(f"train.py: error: another process has ended or is lost ({first_line(e)})")
         raise
     except KeyboardInterrupt:

@@ -212,7 +212,7 @@ def main():
     parser = babilong.Parser(__doc__.split("\n\n")[0].strip())
     parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHES)}; default: all but gpt2")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best")
-    parser.add_argument("--rounds", type=babilong.number(int, 1), default=7, help="of a comparison")
+    parser.add_argument("--rounds", type=babilong.number(int, 1, 1000), default=7, help="of a comparison")
     args = parser.parse_args()
     if unknown := [what for what in args.what if what not in BENCHES]:
         parser.error(f"there is no {unknown[0]!r}: take some of {', '.join(BENCHES)}")

@@ -199,6 +199,7 @@ def test_published_format_is_read_and_written(tmp_path, stories):
     (b"hello\n", "line 1:"), (b"2 A went.\n", "line 1:"), (b"1 A went.\n3 B went.\n", "line 2:"),
     (b"1 A went.\n2 Where? \tx\n", "line 2:"), (b"1 A went.\n2 Where? \tx\t5\n", "line 2:"),
     (b"1 A went.\n2 Where? \tx\t1\n3 Where? \tx\t2\n", "line 3:"),
+    (b"1 A went.\n2 Where? \tx\t \n", "line 2:"), (b"1 A went.\n2 Where? \thut\t1\n", "'hut' is no answer"),
     (b"", "no story with a question"), (b"1 caf\xe9\n", "not text in UTF-8")])
 def test_foreign_babi_file_is_refused(text, complaint, tmp_path):
     (tmp_path / "qa1.txt").write_bytes(text)
@@ -241,6 +242,11 @@ def test_any_folder_but_a_foreign_one_is_written_into(write, tmp_path, monkeypat
     with pytest.raises(ValueError, match="holds (link|real)"):
         write(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+    published = tmp_path / "real" / "train" / "qa1_single-supporting-fact_train.txt"
+    published.write_text("1 Mary went to the office.\n2 Where is Mary?\toffice\t1\n")
+    with pytest.raises(ValueError, match="holds qa1_single"):
+        write(".")
+    assert published.exists()
 
 
 def test_a_half_written_folder_is_known_as_such(write, tmp_path, monkeypatch):

@@ -459,7 +459,7 @@ def test_eval_only_repeats_the_table_and_takes_other_data(data_dir, tmp_path, ha
     (tmp_path / "qa1_one_test.txt").write_text(babi)
     other = tmp_path / "other.json"
     run(*common, f"--babi_dir={tmp_path}", f"--background={haystack},", f"--results={other}", "--intervention=reset")
-    assert json.loads(other.read_text())["data_hash"] != results(tmp_path)["data_hash"]
+    assert json.loads(other.read_text())["config"]["babi_dir"] == str(tmp_path)
     assert other.stat().st_mode == (tmp_path / "eval.json").stat().st_mode
     target = {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
     (tmp_path / "hub" / "qa1").mkdir(parents=True)
