@@ -22,9 +22,9 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 2. If its claim is above 3/4, the gates mix its row into the oldest slot,
 3. which moves to the front. All other slots keep their content and move back.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
-learned. There a claim above 1/2 is enough to move to the front: what does so needlessly costs
-loss, and most of it ends below 3/4. Block 1, which sees little but single words, claims for
-its own bank, block 2 for all later ones: so they hold rows of the same chunks.
+learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
+training pushes most of their claims below 3/4. Block 1, which sees little but single words, claims
+for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -176,7 +176,7 @@ class Memory(nn.Module):
         # a prior of (i + 1)^-3: of two facts about one person the younger is likelier the answer
         self.register_buffer("recency", -3.0 * torch.log1p(torch.arange(N)), persistent=False)
 
-    def candidates(self, h, s):
+    def pool(self, h, s):
         """
         h (B, S, T, C), saliences s (B, S, J, w) of the block before -> a row for each chunk
         (B, S, J, C), s.
@@ -195,10 +195,10 @@ class Memory(nn.Module):
 
     def write(self, h, M, s=None):
         """
-        h (B, S, T, C) of S full segments, M (B, N, C) before them, s as in candidates. Returns the
+        h (B, S, T, C) of S full segments, M (B, N, C) before them, s as in pool. Returns the
         bank as each segment finds it (B, S, N, C), as the last one leaves it (B, N, C), and s.
         """
-        c, s = self.candidates(h, s)
+        c, s = self.pool(h, s)
         log_odds = self.log_odds(s)  # (B, S, J)
         written = log_odds > 0  # (B, S, J)
         # in training every row counts as far as its claim, so that claims have a gradient
@@ -213,11 +213,11 @@ class Memory(nn.Module):
         i, n = torch.arange(N, device=h.device), written.sum(dim=2, keepdim=True)
         source = torch.where(i < n, N - 1 - i, i - n)[..., None].expand(-1, -1, -1, M.size(2))
         c_in, c_forget, c_new = self.w_in(c), self.w_forget(c), self.w_cand(c).tanh()
-        banks, M = self.carry(M, c_in, c_forget, c_new, claim, source)
+        banks, M = self.recurrence(M, c_in, c_forget, c_new, claim, source)
         return banks, M, s
 
     @torch.compiler.disable  # not compiled: that would make one graph for each S
-    def carry(self, M, c_in, c_forget, c_new, claim, source):
+    def recurrence(self, M, c_in, c_forget, c_new, claim, source):
         """All that is sequential: M (B, N, C) through S segments. Returns banks and M, as write."""
         banks, N, P = [], M.size(1), claim.size(2)
         parts = (x.unbind(1) for x in (c_in, c_forget, c_new, claim, source))
@@ -304,6 +304,7 @@ class LM2(nn.Module):
         self.config = c = config
         L = (c.n_memory_layers or c.n_layer) if c.memory_type == "lm2" else 0
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        # blocks 3 and later write what block 2 claims
         self.blocks = nn.ModuleList(Block(c, has_memory=i < L, claims=i < 2)
                                     for i in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
@@ -463,8 +464,8 @@ class RMT(LM2):
         """As LM2's."""
         N, xs = self.config.memory_slots, []
         full = x.size(2) == self.config.block_size
-        for s, part in enumerate(x.unbind(1)):
-            if self.config.bptt_segments and s and s % self.config.bptt_segments == 0:
+        for i, part in enumerate(x.unbind(1)):
+            if self.config.bptt_segments and i and i % self.config.bptt_segments == 0:
                 memory = memory.detach()
             wrapped = torch.cat((memory[0], part, memory[0][:, : N * full]), dim=1)
             states, _, _ = super().segments(wrapped[:, None], memory)  # (B, N + T + N, C)

@@ -224,7 +224,7 @@ def test_in_training_blocks_must_choose_and_log_odds_beyond_6_are_pulled_back(pr
     odds = torch.linspace(-12, 12, 16).double().view(2, 2, 4).requires_grad_()  # (B, S, J)
     for block in model.blocks:
         block.memory.wv.weight.data.zero_()  # so that nothing else depends on the claims
-        block.memory.candidates = lambda h, s: (h[:, :, ::2], odds[..., None])
+        block.memory.pool = lambda h, s: (h[:, :, ::2], odds[..., None])
     none, loss = (model.train(mode)(idx, idx, None, weights, price)[1] for mode in (False, True))
     pull = 0.05 * (odds - odds.clamp(-6, 6)).square().flatten(1).mean(dim=1)
     share = odds.sigmoid().flatten(1).mean(dim=1)

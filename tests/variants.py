@@ -42,19 +42,19 @@ class Unpulled(model.Memory):
 
 
 class Always(Unpulled):
-    def candidates(self, h, s):
-        c, s = super().candidates(h, s)
+    def pool(self, h, s):
+        c, s = super().pool(h, s)
         return c, with_log_odds(s, lambda odds: torch.full_like(odds, 100.0))  # a claim of 1
 
 
 class Mean(Always):
-    def candidates(self, h, s):
-        return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().candidates(h, s)[1]
+    def pool(self, h, s):
+        return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().pool(h, s)[1]
 
 
 class Noise(Unpulled):
-    def candidates(self, h, s):
-        c, s = super().candidates(h, s)
+    def pool(self, h, s):
+        c, s = super().pool(h, s)
         noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # log u - log(1 - u)
         return c, s + noise if self.training and self.salience is not None else s
 
