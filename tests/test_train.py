@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,9 @@ def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         train.parse_args(["--init_from=resume", "--out_dir=model.pt"])
     assert "model.pt is a model, to evaluate" in capsys.readouterr().err
+    shutil.copy("model.pt", "run/ckpt.pt")
+    with pytest.raises(ValueError, match="an exported model has none"):
+        run("--init_from=resume", "--out_dir=run")
 
 
 def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
@@ -253,6 +257,9 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(data_dir, tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--init_from=resume" in out and "Traceback" not in err
     assert weights(tmp_path)["iter_num"] > 0
+    before = signal.getsignal(signal.SIGINT)
+    run(*flags(data_dir, tmp_path / "whole", max_iters=1))
+    assert signal.getsignal(signal.SIGINT) is before  # ctrl-C works again, in the final table too
 
 
 def test_batch_marks_answers_and_ignores_padding(data_dir, monkeypatch):
