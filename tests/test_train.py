@@ -66,7 +66,9 @@ def apart(a, b):
 
 
 def log(out_dir):
-    rows = [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    lines = Path(out_dir, "log.jsonl").read_text().splitlines(keepends=True)
+    # a line without its end is still being written
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
