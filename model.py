@@ -367,12 +367,12 @@ class LM2(nn.Module):
             return x, memory, None
         return x, torch.stack(banks), torch.stack(log_odds)
 
-    def forward(self, idx, targets=None, memory=None, weights=None, claim_price=0.0):
+    def forward(self, idx, targets=None, memory=None, weights=None):
         """
         idx (B, n) int64, any number of segments, the last one perhaps not full; targets (B, n)
         int64, -1 where there is none; memory as of initial_memory, the default; weights (B, n) of
-        the targets in the loss, 1 / their number by default; claim_price: see below. Returns states
-        (B, n, C), which `head` makes logits of, loss (scalar; None without targets) and memory.
+        the targets in the loss, 1 / their number by default. Returns states (B, n, C), which `head`
+        makes logits of, loss (scalar; None without targets) and memory.
         """
         B, T, full = idx.size(0), self.config.block_size, idx.size(1) // self.config.block_size
         memory = self.initial_memory(B) if memory is None else memory
@@ -397,12 +397,8 @@ class LM2(nn.Module):
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
                 # beyond log-odds of 6 it is pulled back
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
-                # claim_price: pulls each block's share towards 0 or 1. Training's texts are too
-                # short to show that needless rows push facts out
-                share = log_odds.sigmoid().mean(dim=(2, 3))  # (L, B)
-                cost = pull.mean(dim=(2, 3)) + claim_price * share * (1 - share)  # (L, B)
-                # each text's cost has the weight of its targets
-                loss = loss + (cost.sum(dim=0) * weights.sum(dim=1)).sum()
+                # each text's pull has the weight of its targets
+                loss = loss + (pull.mean(dim=(2, 3)) * weights.sum(dim=1)).sum()
         return x, loss, memory
 
     @torch.no_grad()

@@ -114,8 +114,6 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
-    flag("claim_price", 0.0, "while the learning rate falls, times share x (1 - share) of the "
-         "chunks that a block writes, a part of the loss", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
@@ -532,8 +530,6 @@ def train(args, checkpoint, model, training, held_out, meta):
         up = (it + 1) / max(1, args.warmup_iters)
         down = (args.max_iters - it) / max(1e-9, args.decay_share * args.max_iters)
         schedule = min(1, up, down)
-        # only while it falls: reading must be learned first
-        price = args.claim_price if down < 1 else 0.0
         for optimizer, peak in zip(optimizers, (args.learning_rate, args.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule
@@ -546,7 +542,7 @@ def train(args, checkpoint, model, training, held_out, meta):
             weights = (targets != -1) / n_targets + args.answer_weight * answer / n_answers
             weights = weights / (1 + args.answer_weight)
             with amp:
-                x, loss, _ = network(idx, targets, weights=weights, claim_price=price)
+                x, loss, _ = network(idx, targets, weights=weights)
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean of what is a sum
             losses += loss.item()
             with torch.no_grad():  # of each answer its first token, with the true text before it

@@ -23,7 +23,9 @@ def main():
     args, content = parser.parse_args(), io.BytesIO()
     run = load_checkpoint(args.out_dir)
     weights = {name: weight.bfloat16() for name, weight in run["model"].items()}
-    kept = {name: value for name, value in run["args"].items() if not name.startswith("eval")}
+    # the file goes to other machines, which have their data elsewhere
+    kept = {name: value for name, value in run["args"].items()
+            if name != "data_dir" and not name.startswith("eval")}
     torch.save({**run, "model": weights, "args": kept, "optimizers": [], "rng": None}, content)
     write_file(args.file, content.getvalue())
     print(f"wrote {args.file}: {len(content.getvalue()):,} bytes")

@@ -161,11 +161,12 @@ def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatc
     export.main()
     assert Path("model.pt").stat().st_size < Path("run/ckpt.pt").stat().st_size / 3
     exported, _ = train.load_model(train.load_checkpoint("model.pt"), "cpu")
+    assert train.parse_args(["--eval_only", "--out_dir=model.pt"])[0].data_dir == "data/babilong"
     trained, _ = train.load_model(train.load_checkpoint("run"), "cpu")
     for (name, p), q in zip(exported.named_parameters(), trained.parameters()):
         assert p.dtype == torch.float32 and torch.equal(p, q.bfloat16().float()), name
     command = ["--eval_only", "--out_dir=model.pt", "--device=cpu", "--eval_segments=2", "--eval_samples=5"]
-    run(*command)
+    run(*command, f"--data_dir={data_dir}")
     figures = results(".", "eval.json")["results"]
     shutil.copytree(data_dir, "other")
     Path("other/eval/background.txt").write_text(Path(data_dir, "train/background.txt").read_text())
@@ -184,7 +185,7 @@ def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatc
     assert "model.pt is a model, to evaluate" in capsys.readouterr().err
     shutil.copy("model.pt", "run/ckpt.pt")
     with pytest.raises(ValueError, match="an exported model has none"):
-        run("--init_from=resume", "--out_dir=run")
+        run("--init_from=resume", "--out_dir=run", f"--data_dir={data_dir}")
 
 
 def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
@@ -310,13 +311,6 @@ def test_short_texts_have_no_haystack(data_dir, tmp_path, monkeypatch):
 def test_a_stage_ends_at_its_limit(data_dir, tmp_path):
     run(*flags(data_dir, tmp_path, stage_accuracy=1.0, stage_iters=3))
     assert [(row["iter"], row["stage"]) for row in log(tmp_path) if "stage" in row] == [(3, 1), (6, 2)]
-
-
-def test_claims_have_a_price_while_the_learning_rate_falls(data_dir, tmp_path):
-    for name, price in ("free", 0), ("dear", 5):  # the rate falls in the last 3.2 of 8 steps
-        run(*flags(data_dir, tmp_path / name, claim_price=price))
-    free, dear = losses(tmp_path / "free"), losses(tmp_path / "dear")
-    assert free[:5] == dear[:5] and all(b > a for a, b in zip(free[5:], dear[5:]))
 
 
 @pytest.mark.parametrize("device, index", [("cuda", 0), ("cuda:1", 1)])
