@@ -21,6 +21,7 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 1. A chunk becomes one row, a weighted mean of its tokens, and a claim, 0 to 1: worth a slot?
 2. If its claim is above 3/4, the gates mix its row into the oldest slot,
 3. which moves to the front. All other slots keep their content and move back.
+Of several in one segment the last one written meets the oldest slot, and becomes slot 0.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
 learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
 training pushes most of their claims below 3/4. Block 1, which sees little but single words, claims
