@@ -522,7 +522,7 @@ def read_safetensors(path):
 def load_llama(folder, **overrides):
     """
     The decoder of the Llama in a folder (config.json, .safetensors), in float32. overrides: fields
-    of LM2Config; a memory of memory_slots is grafted on so that the logits stay as they were; a
+    of LM2Config; LM2's memory of memory_slots is grafted on so that the logits stay as they were; a
     smaller vocab_size keeps the first tokens. ValueError: files that do not fit each other.
     """
     theirs = llama_config(folder)

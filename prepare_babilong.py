@@ -274,7 +274,7 @@ def write_file(path, content):
     if Path(path).exists() and not Path(path).is_file():
         return Path(path).write_bytes(content)
     path = Path(os.path.realpath(path))
-    new = Path(f"{path}.tmp")
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process alone
     try:
         new.write_bytes(content)
         if path.exists():
@@ -688,9 +688,9 @@ class Babilong:
 class Published(Babilong):
     """BABILong's published samples, folder/task/length.json; their support is not known."""
 
-    def __init__(self, like, folder):
+    def __init__(self, like, folder, lengths):
         super().__init__(like.encoding, like.stories, like.sentences, like.block_size)
-        self.folder = folder
+        self.folder, self.lengths = folder, lengths
 
     @lru_cache
     def read(self, task, length):
@@ -700,6 +700,11 @@ class Published(Babilong):
         for record in records:
             check_target(path, task, record["question"], record["target"])
         return records
+
+    def story(self, task, rng):
+        """The question of a sample, for `guess`."""
+        record = rng.choice(self.read(task, rng.choice(self.lengths)))
+        return [Line(record["question"], record["target"])]
 
     def sample(self, task, seed, index, length):
         """Sample `index` of a file. Newlines before the question fill the segments up."""
@@ -759,7 +764,7 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     ours = {"tokenizer.json", "meta.json", "train", "eval", "background.txt",
             *(f"{task}.txt" for task in TASKS)}
     found = chain(data_dir.glob("[!.]*"), data_dir.glob("[!.]*/[!.]*"))
-    if foreign := {p.name.removesuffix(".tmp") for p in found} - ours:
+    if foreign := {p.name for p in found} - ours:
         raise ValueError(f"{data_dir} holds {min(foreign)}, which is not of prepare_babilong.py: "
                          "name another --data_dir")
     for split in "train", "eval":  # before the work, so that a mistake shows at once
@@ -788,8 +793,12 @@ def write_data(data_dir, tasks=TASKS, babi_dir=None, background=None, vocab_size
     meta = {"hash": digest("".join(name + files[name] for name in sorted(files)).encode()),
             "tasks": ",".join(tasks), "stories": babi_dir or "simulated", "background": source,
             "seed": seed}
-    for old in data_dir / "meta.json", *data_dir.glob("*/qa*.txt"):
-        old.unlink(missing_ok=True)
+    old = data_dir / "meta.json"
+    # the same data may have been written, and be read, by another process that began with this one
+    if old.exists() and meta["hash"].encode() not in old.read_bytes():
+        old.unlink()
+    for path in set(data_dir.glob("*/qa*.txt")) - {data_dir / name for name in files}:
+        path.unlink(missing_ok=True)
     for name, text in files.items():
         write_file(data_dir / name, text)
     write_file(data_dir / "meta.json", json.dumps(meta, indent=2) + "\n")

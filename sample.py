@@ -155,7 +155,9 @@ class Reader:
 
     def save(self, path):
         (memory, tail), content = self.state, io.BytesIO()
-        torch.save({"memory": memory, "tail": tail, "model": self.fingerprint()}, content)
+        # clone: else the file would hold all the text that the tail is the end of
+        saved = {"memory": memory, "tail": tail.clone(), "model": self.fingerprint()}
+        torch.save(saved, content)
         write_file(path, content.getvalue())
 
     def load(self, path):

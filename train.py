@@ -6,7 +6,7 @@ $ python train.py --memory_type=none --out_dir=out-none   # without memory; or -
 $ python train.py --init_from=resume                      # goes on where out_dir/ckpt.pt stopped
 $ python train.py --eval_only --eval_lengths=0k,1k        # another table; also of other texts
 $ torchrun --standalone --nproc_per_node=4 train.py       # data parallel
-$ python train.py --init_from=LLAMA_DIR --freeze_decoder  # grafts a memory onto a Llama
+$ python train.py --init_from=LLAMA_DIR --freeze_decoder --data_dir=DIR   # a memory on a Llama
 
 In out_dir: ckpt.pt, log.jsonl (a line each log_interval steps, stage and evaluation), results.json,
 and eval.json of --eval_only.
@@ -169,6 +169,8 @@ def parse_args(argv=None):
              "--freeze_decoder leaves nothing to train in a model without memory"),
             (args.preset and (checkpoint or args.init_from != "scratch"),
              "--preset is for a new model"),
+            (args.eval_only and args.init_from not in ("scratch", "resume"),
+             "--eval_only takes the model from --out_dir"),
             (Path(args.out_dir).is_file() and not args.eval_only,
              f"{args.out_dir} is a model, to evaluate or to read with: training needs a folder"),
             (len(args.curriculum) < stage, f"--curriculum ends before the run's stage {stage}"),
@@ -465,7 +467,8 @@ def train(args, checkpoint, model, training, held_out, meta):
     stage = len(stages) - 1 if args.data else 0
     if checkpoint:
         it, stage = checkpoint["iter_num"], checkpoint["stage"]
-        began, running[:] = checkpoint["began"], checkpoint["running"]
+        known = dict(zip(checkpoint["args"]["tasks"], checkpoint["running"]))
+        began, running[:] = checkpoint["began"], [known.get(t, 0.0) for t in args.tasks] or 0.0
         if len(checkpoint["optimizers"]) != len(optimizers):
             raise ValueError("the run had other optimizers: --muon_lr cannot become zero, or more "
                              "than zero, in the same run, and an exported model has none")
@@ -578,6 +581,7 @@ def train(args, checkpoint, model, training, held_out, meta):
                     "{norm:5.2f} | lr {lr:.1e} | {tokens_per_second:6.0f} tok/s")
             say(text.format(**entry), **entry)
             clock, seen = now, 0
+        pause = time.perf_counter()
         if args.eval_interval and it % args.eval_interval == 0 and it < args.max_iters:
             model.eval()
             lengths = sorted({1, *args.curriculum})
@@ -592,6 +596,7 @@ def train(args, checkpoint, model, training, held_out, meta):
                 say(f": perplexity {text['perplexity']}", **text)
         if RANK == 0 and (it % args.checkpoint_interval == 0 or it == args.max_iters or stop):
             save()
+        clock += time.perf_counter() - pause  # tokens_per_second is of the training alone
     for name, handler in before.items():
         signal.signal(name, handler)
     return not stop
@@ -634,7 +639,7 @@ def get_data(args, checkpoint):
         print(f"{args.data_dir} is not what this model learned from: figures can differ")
     evaluated = held_out
     if args.babilong_dir:
-        evaluated = babilong.Published(held_out, args.babilong_dir)
+        evaluated = babilong.Published(held_out, args.babilong_dir, args.eval_lengths)
         for task, length in product(args.tasks, args.eval_lengths):
             evaluated.read(task, length)  # what is missing shows before training, not after
     elif args.babi_dir or args.background:
@@ -666,6 +671,10 @@ def main(args, checkpoint):
         model, _ = load_model(checkpoint, device, **changed)
     else:
         config, llama = model_config(args, training.encoding.n_vocab), args.init_from != "scratch"
+        # a Llama's file of tokens holds nearly all that it embeds
+        if llama and config.vocab_size < 0.9 * llama_config(args.init_from)["vocab_size"]:
+            raise ValueError(f"{args.data_dir} is not in the tokens of {args.init_from}: prepare "
+                             "it with its --tokenizer")
         model = load_llama(args.init_from, **asdict(config)) if llama else build(config)
         model.to(device, torch.float64 if args.dtype == "float64" else torch.float32)
     for name, weight in model.named_parameters():

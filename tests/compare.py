@@ -68,7 +68,7 @@ def curves(folder):
 def load(path):
     """A results.json, with its folder and a name. Raises ValueError for another file."""
     try:
-        results, folder, stem = json.loads(Path(path).read_text()), Path(path).parent, Path(path).stem
+        results, folder, stem = json.loads(Path(path).read_text()), Path(path).resolve().parent, Path(path).stem
         name = folder.name + f" {stem}" * (stem not in ("results", "eval"))
         return {"folder": folder, "name": name, "config": results["config"],
                 "results": {(row["length"] or f"{row['segments']} seg.", row["task"]): row

@@ -23,9 +23,10 @@ def main():
     args, content = parser.parse_args(), io.BytesIO()
     run = load_checkpoint(args.out_dir)
     weights = {name: weight.bfloat16() for name, weight in run["model"].items()}
-    # the file goes to other machines, which have their data elsewhere
+    # the file goes to other machines, with other data and other evaluations
+    gone = "data_dir", "babi_dir", "babilong_dir", "background", "retrieve", "intervention"
     kept = {name: value for name, value in run["args"].items()
-            if name != "data_dir" and not name.startswith("eval")}
+            if name not in gone and not name.startswith("eval")}
     torch.save({**run, "model": weights, "args": kept, "optimizers": [], "rng": None}, content)
     write_file(args.file, content.getvalue())
     print(f"wrote {args.file}: {len(content.getvalue()):,} bytes")

@@ -51,6 +51,8 @@ def main():
     if not run["args"]["tasks"] or run["config"]["memory_type"] != "lm2":
         raise ValueError(f"{args.out_dir} is no LM2 that learned stories")
     _, data, meta = babilong.load_data(args.data_dir, model.config.block_size, run["tokenizer"])
+    if missing := set(run["args"]["tasks"]) - data.stories.keys():
+        raise ValueError(f"{args.data_dir} holds no {min(missing)}: prepare it with --tasks")
     print("     needed    needed facts / others / haystack written, in %, block by block")
     for task in run["args"]["tasks"]:
         samples = (data.sample(task, meta["seed"], i, length=args.length) for i in range(args.samples))

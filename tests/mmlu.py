@@ -32,7 +32,7 @@ LEVELS = {"high_school_": "High School", "college_": "College", "professional_":
 
 def read_csv(path):
     """[question with its choices, letter that is right] of each row. Raises ValueError, OSError."""
-    rows = list(csv.reader(read_text(path).splitlines(keepends=True)))
+    rows = [row for row in csv.reader(s + "\n" for s in read_text(path).split("\n")) if row]
     if not rows or any(len(row) != 6 or row[5] not in tuple("ABCD") for row in rows):
         raise ValueError(f"{path}: not rows of question, four choices and one of A, B, C and D")
     return [["\n".join([q, "A. " + a, "B. " + b, "C. " + c, "D. " + d, "Answer:"]), right]
@@ -58,8 +58,8 @@ def accuracy(model, encoding, folder, subject, shots):
 def main():
     parser = Parser("The accuracy of a model of train.py on MMLU.")
     parser.add_argument("data", type=Path, help="MMLU's folder, with dev/ and test/")
-    parser.add_argument("--out_dir", default="out", help="of the model; default: out")
-    parser.add_argument("--shots", type=number(int, 0, 5), default=5, help="examples; default: 5")
+    parser.add_argument("--out_dir", default="out", help="of the model")
+    parser.add_argument("--shots", type=number(int, 0, 5), default=5, help="examples before the question")
     args, rows = parser.parse_args(), {}
     model, encoding = load_model(load_checkpoint(args.out_dir), pick_device("auto"))
     for path in sorted(args.data.glob("test/*_test.csv")) or parser.error(f"no test/*.csv in {args.data}"):
@@ -76,5 +76,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, csv.Error) as e:
         sys.exit(f"mmlu.py: error: {e}")

@@ -249,6 +249,17 @@ def test_any_folder_but_a_foreign_one_is_written_into(write, tmp_path, monkeypat
     assert published.exists()
 
 
+def test_the_same_data_can_be_read_while_they_are_written_once_more(write, tmp_path, monkeypatch):
+    """As by two runs that begin together."""
+    def read_first(path, content):
+        assert babilong.load_data(tmp_path / "data", 32)[2] == meta
+        write_file(path, content)
+
+    (*_, meta), write_file = write(), babilong.write_file
+    monkeypatch.setattr(babilong, "write_file", read_first)
+    assert write()[2] == meta
+
+
 def test_a_half_written_folder_is_known_as_such(write, tmp_path, monkeypatch):
     def full(path, content):
         if path.name == "meta.json":
@@ -259,7 +270,7 @@ def test_a_half_written_folder_is_known_as_such(write, tmp_path, monkeypatch):
     write_file = babilong.write_file
     monkeypatch.setattr(babilong, "write_file", full)
     with pytest.raises(OSError, match="No space"):
-        write()
+        write(seed=2)
     with pytest.raises(ValueError, match="run prepare_babilong.py again"):
         babilong.load_data(tmp_path / "data", 32)
 
@@ -344,12 +355,14 @@ def test_published_samples_are_fetched_once_whole_or_not_at_all(tmp_path, data):
     server.shutdown()
     babilong.fetch_babilong(tmp_path, ["qa1"], ["0k"], hub="http://nowhere.invalid")
     (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
-    sample = babilong.Published(data, tmp_path).sample("qa1", 0, 0, "0k")
+    sample = babilong.Published(data, tmp_path, ["0k"]).sample("qa1", 0, 0, "0k")
     assert data.encoding.decode(sample.tokens).split() == "Mary went. Where is Mary?".split()
     assert sample.target == "office" and len(sample.tokens) == sample.prompt + data.room["qa1"]
+    # the majority is that of these questions, here of one
+    assert data.guess(babilong.Published(data, tmp_path, ["0k"]), "qa1")["majority"] in (0, 100)
     path.write_text(json.dumps([{**record, "target": "cellar"}]))
     with pytest.raises(ValueError, match="'cellar' is no answer to a question of qa1"):
-        babilong.Published(data, tmp_path).read("qa1", "0k")
+        babilong.Published(data, tmp_path, ["0k"]).read("qa1", "0k")
 
 
 # ----------------------------------------------------------------------------- tokens

@@ -83,6 +83,8 @@ def test_table_and_errors(folder, monkeypatch, capsys):
     mmlu.main()
     rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert rows == ["STEM", "Humanities", "Other", "High School", "College", "General Knowledge", "Average"]
+    Path("data/dev/virology_dev.csv").write_text("of two\u2028lines,1,2,3,4,A\n\n", encoding="utf-8")
+    assert len(mmlu.read_csv("data/dev/virology_dev.csv")) == 1
     Path("data/dev/virology_dev.csv").write_text("a question,1,2,3,4,E\n")
     with pytest.raises(ValueError, match="virology_dev.csv: not rows of"):
         mmlu.main()

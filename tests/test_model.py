@@ -268,6 +268,8 @@ def test_variants_train(rule, monkeypatch):
     descend(model, idx, 3, 1e-3)
     _, loss, memory = model(idx, idx)
     assert loss.isfinite() and memory.shape == model.initial_memory(2).shape
+    log_odds = model.eval().segments(model.embed(idx[:, None, :8]), memory)[2]
+    assert (log_odds > 0).all() or rule not in ("mean", "always", "queries", "routed")
 
 @TYPES
 @pytest.mark.parametrize("length", [1, 8, 29])

@@ -54,6 +54,7 @@ def test_answer_is_the_models_and_looking_changes_nothing(out_dir, encoding, cap
         assert f"Where is Mary?{encoding.decode(idx[0, -8:].tolist())}\n" in capsys.readouterr().out
         saved = torch.load("saved")
         assert torch.allclose(saved["memory"], memory, atol=1e-5) and saved["tail"].equal(tail)
+        assert saved["tail"].untyped_storage().nbytes() == 8 * tail.numel()  # no other text in the file
 
 
 def test_the_model_that_comes_along_answers(capsys):

@@ -180,9 +180,11 @@ def test_a_model_in_one_file_answers_like_its_run(data_dir, tmp_path, monkeypatc
         sample.main(sample.get_parser().parse_args(["--device=cpu", *args]))
     answers = capsys.readouterr().out.splitlines()[-3:]
     assert answers[0].startswith("Where is Mary?") and len(set(answers[1:])) == 1
-    with pytest.raises(SystemExit):
-        train.parse_args(["--init_from=resume", "--out_dir=model.pt"])
-    assert "model.pt is a model, to evaluate" in capsys.readouterr().err
+    for mode, complaint in (("--init_from=resume", "model.pt is a model, to evaluate"),
+                            ("--eval_only --init_from=other", "--eval_only takes the model from --out_dir")):
+        with pytest.raises(SystemExit):
+            train.parse_args([*mode.split(), "--out_dir=model.pt"])
+        assert complaint in capsys.readouterr().err
     shutil.copy("model.pt", "run/ckpt.pt")
     with pytest.raises(ValueError, match="an exported model has none"):
         run("--init_from=resume", "--out_dir=run", f"--data_dir={data_dir}")
@@ -508,13 +510,13 @@ def test_comparison_folds_seeds_and_keeps_the_rest_apart(data_dir, tmp_path, mon
 # ----------------------------------------------------------------------------- Llama, plain text
 
 def test_memory_is_grafted_onto_a_llama_and_trained(data_dir, tmp_path, capsys):
-    llama_folder(tmp_path / "llama", vocab_size=900)
+    llama_folder(tmp_path / "llama", vocab_size=750)
     common = dict(init_from=tmp_path / "llama", n_head=4, max_iters=3, eval_segments="1")
     theirs = train.load_llama(tmp_path / "llama").state_dict()
     run(*flags(data_dir, tmp_path / "out", **common), "--freeze_decoder")
     trained = weights(tmp_path / "out")["model"]
     assert torch.equal(trained["blocks.1.mlp.w2.weight"], theirs["blocks.1.mlp.w2.weight"])
-    assert trained["blocks.0.memory.wv.weight"].abs().sum() > 0 and len(trained["embed.weight"]) < 900
+    assert trained["blocks.0.memory.wv.weight"].abs().sum() > 0 and len(trained["embed.weight"]) < 750
     run("--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5")
     assert torch.equal(weights(tmp_path / "out")["model"]["embed.weight"], trained["embed.weight"])
     run(*flags(data_dir, tmp_path / "free", **common))
@@ -526,9 +528,21 @@ def test_memory_is_grafted_onto_a_llama_and_trained(data_dir, tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             train.parse_args([*flags(data_dir, tmp_path / "x", **common), extra])
         assert e.value.code == 2 and complaint in capsys.readouterr().err
+    llama_folder(tmp_path / "llama", vocab_size=900)
+    with pytest.raises(ValueError, match="is not in the tokens of"):
+        run(*flags(data_dir, tmp_path / "x", **common))
     llama_folder(tmp_path / "llama")
     with pytest.raises(ValueError, match="has 50 tokens, the text"):
         run(*flags(data_dir, tmp_path / "y", **common))
+
+
+def test_running_accuracies_stay_with_their_tasks(data_dir, tmp_path, monkeypatch):
+    run(*flags(data_dir, tmp_path, tasks="qa1,qa6", max_iters=2))
+    kept, seen, get_batch = weights(tmp_path), [], train.get_batch
+    torch.save({**kept, "running": [0.5, 0.25]}, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(train, "get_batch", lambda *args: seen.append(args[5].tolist()) or get_batch(*args))
+    run("--init_from=resume", f"--out_dir={tmp_path}", "--tasks=qa6,qa2", "--max_iters=3")
+    assert seen == [[0.25, 0.0]]
 
 
 def test_presets_are_what_no_flag_says():

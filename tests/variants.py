@@ -97,7 +97,7 @@ class Queries(Ageless):
             g_in = torch.sigmoid(self.w_in(c) + self.u_in(m))
             g_forget = torch.sigmoid(self.w_forget(c) + self.u_forget(m))
             M = g_in * self.w_cand(c).tanh() + g_forget * M  # (B, N, C)
-        s = h.new_ones(*h.shape[:2], h.size(2) // self.chunk_size, 1)  # all is "written"
+        s = h.new_full((*h.shape[:2], h.size(2) // self.chunk_size, 1), 6.0)  # all is "written"
         return torch.stack(banks, dim=1), M, s
 
 
