@@ -23,10 +23,9 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 3. which moves to the front. All other slots keep their content and move back.
 Of several in one segment the last one written meets the oldest slot, and becomes slot 0.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
-learned. There a claim above 1/2 is enough to move to the front, and noise moves each claim up or
-down: a fact with a claim near 1/2 is lost now and then, needless rows near it push out others. Both
-cost loss, so claims end far from it. Block 1, which sees little but single words, claims for its
-own bank, block 2 for all later ones: so they hold rows of the same chunks.
+learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
+training pushes most of their claims below 3/4. Block 1, which sees little but single words, claims
+for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -67,7 +66,6 @@ class LM2Config:
     memory_slots: int = 16  # N (for RMT: memory tokens); 0 is memory_type="none"
     chunk_size: int = 4  # w, tokens that share a slot
     claim_threshold: float = 0.75  # a chunk with a larger claim is written; in training 1/2
-    claim_noise: float = 1.5  # in training, added to a chunk's log-odds: uniform, -1.5 to 1.5
     n_memory_layers: int = 0  # L, the first blocks, which own a bank; 0: all
     memory_top_k: int = 0  # a token reads only its k best slots, per head; 0: all
     bptt_segments: int = 0  # in training, cut the gradient after so many segments; 0: never
@@ -161,7 +159,7 @@ class Memory(nn.Module):
         super().__init__()
         C, N = config.n_embd, config.memory_slots
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
-        self.bptt_segments, self.noise = config.bptt_segments, config.claim_noise
+        self.bptt_segments = config.bptt_segments
         self.threshold = math.log(config.claim_threshold / (1 - config.claim_threshold))
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
@@ -188,8 +186,6 @@ class Memory(nn.Module):
         # s = 8 h w_sal, a salience for each token; 8: a larger step for this one vector
         if self.salience is not None:
             s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
-            if self.training:  # the same for all tokens of a chunk: its row stays as it is
-                s = s + torch.empty_like(s[..., :1]).uniform_(-self.noise, self.noise)
         # c = sum over the chunk of softmax(s) h
         return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s
 

@@ -43,7 +43,7 @@ PRESETS = {"lm2-1.7b": {"block_size": 2048, "n_layer": 16, "n_head": 32, "n_kv_h
                         "tie_embeddings": True, "qk_norm": False, "token_shift": False}}
 # flags that a resumed run does not take from its checkpoint, and those of its model that may change
 NOT_KEPT = "out_dir", "init_from", "eval_only", "results", "device", "preset"
-MAY_CHANGE = ("memory_slots", "claim_threshold", "claim_noise", "memory_top_k", "bptt_segments",
+MAY_CHANGE = ("memory_slots", "claim_threshold", "memory_top_k", "bptt_segments",
               "activation_checkpointing")
 
 # -----------------------------------------------------------------------------
@@ -96,7 +96,6 @@ def get_parser():
     flag("memory_slots", 16, "N, slots of a bank; RMT: memory tokens", number(int, 0, 2**16))
     flag("chunk_size", 4, "w, tokens that share a slot", size)
     flag("claim_threshold", 0.75, "a chunk with a larger claim is written; in training 1/2", share)
-    flag("claim_noise", 1.5, "in training, a claim's log-odds vary by up to so much", rate)
     flag("n_memory_layers", 0, "L, blocks with a bank, from the first on; 0: all", count)
     flag("memory_top_k", 0, "a token reads its k best slots; 0: all", count)
     flag("tie_embeddings", False, "one matrix for embedding and head, as in small Llamas")
@@ -220,7 +219,7 @@ def load_checkpoint(out_dir):
     path = Path(out_dir) if Path(out_dir).is_file() else Path(out_dir, "ckpt.pt")
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}: train first, or name another --out_dir")
-    parts = "model config args optimizers iter_num stage began running log_size tokenizer data"
+    parts = "model config args optimizers rng iter_num stage began running log_size tokenizer data"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         LM2Config(**checkpoint["config"])
@@ -473,6 +472,7 @@ def train(args, checkpoint, model, training, held_out, meta):
         if len(checkpoint["optimizers"]) != len(optimizers):
             raise ValueError("the run had other optimizers: --muon_lr cannot become zero, or more "
                              "than zero, in the same run, and an exported model has none")
+        torch.set_rng_state(checkpoint["rng"])
         for optimizer, kept in zip(optimizers, checkpoint["optimizers"]):
             # the moments are the checkpoint's; rates, betas and decays are the flags'
             optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["state"]})
@@ -493,7 +493,7 @@ def train(args, checkpoint, model, training, held_out, meta):
         os.fsync(log.fileno())  # log_size must not count what is not yet on the disk
         save_checkpoint(args.out_dir, {
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it,
-            "optimizers": [o.state_dict() for o in optimizers],
+            "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(),
             "args": {n: v for n, v in vars(args).items() if n not in NOT_KEPT}, "stage": stage,
             "began": began, "running": running.tolist(), "log_size": log.tell(),
             "data": meta["hash"], "tokenizer": babilong.dump_tokenizer(training.encoding)})
@@ -525,7 +525,6 @@ def train(args, checkpoint, model, training, held_out, meta):
         noise = stage > 0 and rng.random() < 0.8
         if rng.random() < args.short_texts:
             segments, noise = rng.randint(1, min(4, most)), False
-        torch.manual_seed(rng.getrandbits(62) + RANK)  # claims' noise, the same after a resume
         batch = get_batch(training, args, it, segments, noise, running)
         counts = total((batch[1] != -1).sum(), batch[2].sum(), *by_task(batch[3]))
         n_targets, n_answers, n_first = max(1, counts[0]), max(1, counts[1]), counts[2:]

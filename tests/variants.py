@@ -9,6 +9,7 @@ ageless         slots have no place before the segment, and the younger does not
 offsets         W_K and W_V are the self-attention's plus a difference that starts at zero
 own             every block claims for its own bank, also after block 2
 unpulled        claims that are all but certain are not pulled back
+noise           nor are they here: in training, logistic noise on the log-odds keeps all in play
 """
 import math
 import sys
@@ -49,6 +50,13 @@ class Always(Unpulled):
 class Mean(Always):
     def pool(self, h, s):
         return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().pool(h, s)[1]
+
+
+class Noise(Unpulled):
+    def pool(self, h, s):
+        c, s = super().pool(h, s)
+        noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # log u - log(1 - u)
+        return c, s + noise if self.training and self.salience is not None else s
 
 
 class Ageless(model.Memory):
@@ -100,7 +108,7 @@ class Routed(Queries):
 
 
 RULES = {rule.__name__.lower(): rule
-         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled)}
+         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise)}
 
 if __name__ == "__main__":
     import train
