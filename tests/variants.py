@@ -10,6 +10,7 @@ offsets         W_K and W_V are the self-attention's plus a difference that star
 own             every block claims for its own bank, also after block 2
 unpulled        claims that are all but certain are not pulled back
 noise           nor are they here: in training, logistic noise on the log-odds keeps all in play
+uniform         they are pulled back, and the noise is uniform, -1.5 to 1.5
 """
 import math
 import sys
@@ -56,6 +57,13 @@ class Noise(Unpulled):
     def pool(self, h, s):
         c, s = super().pool(h, s)
         noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # log u - log(1 - u)
+        return c, s + noise if self.training and self.salience is not None else s
+
+
+class Uniform(model.Memory):
+    def pool(self, h, s):
+        c, s = super().pool(h, s)
+        noise = 3.0 * torch.rand_like(s[..., :1]) - 1.5
         return c, s + noise if self.training and self.salience is not None else s
 
 
@@ -108,7 +116,7 @@ class Routed(Queries):
 
 
 RULES = {rule.__name__.lower(): rule
-         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise)}
+         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise, Uniform)}
 
 if __name__ == "__main__":
     import train
