@@ -53,18 +53,19 @@ class Mean(Always):
         return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().pool(h, s)[1]
 
 
-class Noise(Unpulled):
-    def pool(self, h, s):
-        c, s = super().pool(h, s)
-        noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # log u - log(1 - u)
-        return c, s + noise if self.training and self.salience is not None else s
-
-
 class Uniform(model.Memory):
+    def noise(self, u):
+        return 3.0 * u - 1.5
+
     def pool(self, h, s):
         c, s = super().pool(h, s)
-        noise = 3.0 * torch.rand_like(s[..., :1]) - 1.5
+        noise = self.noise(torch.rand_like(s[..., :1]))
         return c, s + noise if self.training and self.salience is not None else s
+
+
+class Noise(Uniform, Unpulled):
+    def noise(self, u):
+        return u.logit(eps=1e-6)  # log u - log(1 - u)
 
 
 class Ageless(model.Memory):
