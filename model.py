@@ -24,8 +24,10 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 Of several in one segment the last one written meets the oldest slot, and becomes slot 0.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
 learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
-training pushes most of their claims below 3/4. Block 1, which sees little but single words, claims
-for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
+training pushes most of their claims below 3/4. Late in training noise moves the claims up and down,
+so those of facts and of the haystack end far from 3/4, whatever the machine and the seed. Block 1,
+which sees little but single words, claims for its own bank, block 2 for all later ones: so they
+hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -161,6 +163,7 @@ class Memory(nn.Module):
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
         self.bptt_segments = config.bptt_segments
         self.threshold = math.log(config.claim_threshold / (1 - config.claim_threshold))
+        self.noise = 0.0  # of the claims' log-odds in training; train.py sets it
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V
@@ -186,6 +189,8 @@ class Memory(nn.Module):
         # s = 8 h w_sal, a salience for each token; 8: a larger step for this one vector
         if self.salience is not None:
             s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
+            if self.training and self.noise:  # one for a chunk, so its row stays as it is
+                s = s + torch.empty_like(s[..., :1]).uniform_(-self.noise, self.noise)
         # c = sum over the chunk of softmax(s) h
         return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s
 

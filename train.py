@@ -114,6 +114,7 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
+    flag("claim_noise", 1.5, "most noise on a claim's log-odds, while the rate falls", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
@@ -219,7 +220,7 @@ def load_checkpoint(out_dir):
     path = Path(out_dir) if Path(out_dir).is_file() else Path(out_dir, "ckpt.pt")
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}: train first, or name another --out_dir")
-    parts = "model config args optimizers rng iter_num stage began running log_size tokenizer data"
+    parts = "model config args optimizers iter_num stage began running log_size tokenizer data"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         LM2Config(**checkpoint["config"])
@@ -472,12 +473,12 @@ def train(args, checkpoint, model, training, held_out, meta):
         if len(checkpoint["optimizers"]) != len(optimizers):
             raise ValueError("the run had other optimizers: --muon_lr cannot become zero, or more "
                              "than zero, in the same run, and an exported model has none")
-        torch.set_rng_state(checkpoint["rng"])
         for optimizer, kept in zip(optimizers, checkpoint["optimizers"]):
             # the moments are the checkpoint's; rates, betas and decays are the flags'
             optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["state"]})
     # what the last segment writes is read by nobody: some weights can be without gradient
     network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
+    memories = [block.memory for block in model.blocks if block.memory]
     stopped = []
     before = {name: signal.signal(name, lambda *_: stopped.append(True))
               for name in (signal.SIGINT, signal.SIGTERM)}
@@ -493,7 +494,7 @@ def train(args, checkpoint, model, training, held_out, meta):
         os.fsync(log.fileno())  # log_size must not count what is not yet on the disk
         save_checkpoint(args.out_dir, {
             "model": model.state_dict(), "config": asdict(model.config), "iter_num": it,
-            "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(),
+            "optimizers": [o.state_dict() for o in optimizers],
             "args": {n: v for n, v in vars(args).items() if n not in NOT_KEPT}, "stage": stage,
             "began": began, "running": running.tolist(), "log_size": log.tell(),
             "data": meta["hash"], "tokenizer": babilong.dump_tokenizer(training.encoding)})
@@ -537,6 +538,10 @@ def train(args, checkpoint, model, training, held_out, meta):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule
 
+        # noise on the claims, each step's and process's own, until facts and haystack lie far apart
+        torch.manual_seed(rng.getrandbits(62) + RANK)
+        for memory in memories:
+            memory.noise = args.claim_noise if down < 1 else 0.0
         model.train()
         losses, right = 0.0, torch.zeros(len(running))
         for parts in zip(*(part.tensor_split(args.gradient_accumulation_steps) for part in batch)):

@@ -27,7 +27,7 @@ def main():
     gone = "data_dir", "babi_dir", "babilong_dir", "background", "retrieve", "intervention"
     kept = {name: value for name, value in run["args"].items()
             if name not in gone and not name.startswith("eval")}
-    torch.save({**run, "model": weights, "args": kept, "optimizers": [], "rng": None}, content)
+    torch.save({**run, "model": weights, "args": kept, "optimizers": []}, content)
     write_file(args.file, content.getvalue())
     print(f"wrote {args.file}: {len(content.getvalue()):,} bytes")
 

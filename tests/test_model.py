@@ -230,6 +230,19 @@ def test_in_training_log_odds_beyond_6_are_pulled_back():
     close(loss - none, cost, 1e-9)
     close(*(torch.autograd.grad(x, odds)[0] for x in (loss, cost)), 1e-9)
 
+def test_noise_moves_claims_and_only_claims():
+    model = make(torch.float32, n_layer=3)
+    x, memory = torch.randn(4, 50, 8, 16), model.initial_memory(4)
+    for block in model.blocks:
+        block.memory.noise = 1.5
+    (c, calm), (row, noisy) = (model.train(mode).blocks[0].memory.pool(x, None) for mode in (False, True))
+    close(row, c, 1e-5)  # a chunk's tokens are mixed as without noise
+    noise = (noisy - calm).mean(dim=-1)
+    close(noisy, calm + noise[..., None], 1e-5)
+    assert noise.abs().max() <= 1.5 + 1e-5 and noise.flatten().quantile(0.25).add(0.75).abs() < 0.15
+    odds = model.segments(x, memory)[2]  # (L, B, S, J)
+    assert torch.equal(odds[1], odds[2]) and not (odds == model.segments(x, memory)[2]).any()
+
 def test_claims_that_have_died_come_back():
     model, idx, claims = make(torch.float32).train(), tokens(4, 32), []
     model.embed.weight.data += 3.0  # a direction that all tokens share, worth no slot

@@ -32,7 +32,7 @@ def reader(encoding):
 
 @pytest.fixture(params=["lm2"])
 def out_dir(request, encoding):
-    model, rest = tiny(encoding, memory_type=request.param), "optimizers rng iter_num stage began"
+    model, rest = tiny(encoding, memory_type=request.param), "optimizers iter_num stage began"
     Path("out").mkdir()
     torch.save({**dict.fromkeys(f"{rest} running log_size data".split()), "args": {},
                 "model": model.state_dict(), "config": vars(model.config),

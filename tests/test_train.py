@@ -21,6 +21,7 @@ import facts
 import prepare_babilong as babilong
 import sample
 import train
+from model import Memory
 from test_data import expected
 from test_model import llama_folder
 
@@ -124,7 +125,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(dtype, data_dir, tmp_path, monk
         f.write('{"iter": 4, "loss": "written after the checkpoint"}\n')
     run("--init_from=resume", f"--out_dir={tmp_path / 'cut'}", "--device=cpu")  # the rest is kept
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    for key in "model", "optimizers", "stage", "running", "iter_num", "rng":
+    for key in "model", "optimizers", "stage", "running", "iter_num":
         assert same(whole[key], cut[key]), key
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
     assert results(tmp_path / "whole")["results"] == results(tmp_path / "cut")["results"]
@@ -207,11 +208,20 @@ def test_a_checkpoint_wants_its_own_data(data_dir, tmp_path, haystack):
 @pytest.mark.parametrize("change", [{}, {"gradient_accumulation_steps": 2}, {"seed": 5}])
 def test_seed_and_accumulation(change, data_dir, tmp_path):
     """The same seed gives the same run; computing a batch in two parts gives it up to rounding."""
-    base = dict(stage_accuracy=1.0)
+    base = dict(stage_accuracy=1.0, claim_noise=0.0 if "gradient_accumulation_steps" in change else 1.5)
     run(*flags(data_dir, tmp_path / "a", **base))
     run(*flags(data_dir, tmp_path / "b", **base, **change))
     distance = apart(tmp_path / "a", tmp_path / "b")
     assert distance > 0.1 if "seed" in change else distance <= (1e-6 if change else 0)
+
+
+def test_claims_are_noisy_while_the_rate_falls(data_dir, tmp_path, monkeypatch):
+    pool, noises = Memory.pool, []
+    monkeypatch.setattr(Memory, "pool", lambda memory, h, s: noises.append((memory.training, memory.noise))
+                        or pool(memory, h, s))
+    run(*flags(data_dir, tmp_path, max_iters=10, claim_noise=0.5))  # the rate falls from step 7 on
+    of_training = [noise for training, noise in noises if training]
+    assert of_training == [0.0] * 7 * 2 + [0.5] * 3 * 2 and not noises[-1][0]  # 2 blocks
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 32), (32, 96)])
@@ -232,7 +242,7 @@ def test_muon_is_that_of_torch_less_its_rounding(shape):
 def test_two_processes_compute_what_one_computes(loud, dtype, data_dir, tmp_path):
     """loud: with saliences so large that claims are pulled back, at a loss above 100."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run(*flags(data_dir, tmp_path / "one", max_iters=1, dtype=dtype))
+    run(*flags(data_dir, tmp_path / "one", max_iters=1, dtype=dtype, claim_noise=0))
     checkpoint = weights(tmp_path / "one")
     for name, weight in checkpoint["model"].items() if loud else ():
         if name.endswith("salience"):

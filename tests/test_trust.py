@@ -82,7 +82,7 @@ def torchrun(n, *args):
 
 @slow
 def test_four_processes_compute_what_one_computes(data_dir, tmp_path):
-    common = dict(max_iters=50, dtype="float64", stage_accuracy=1.0, stage_iters=15)
+    common = dict(max_iters=50, dtype="float64", stage_accuracy=1.0, stage_iters=15, claim_noise=0)
     for name, line in ("one", command), ("many", lambda *args: torchrun(4, *args)):
         code, _, err = finish(start(line(*flags(data_dir, tmp_path / name, **common))))
         assert code == 0, err
@@ -151,7 +151,7 @@ def test_bad_checkpoints_get_one_line_and_run_nothing(kind, trained):
     damaged = {"empty": b"", "zeros": bytes(4096), "truncated": whole[: len(whole) // 2],
                "flipped": whole[:900] + b"\0" * 64 + whole[964:]}
     other = {"callable": {**c, "model": Bomb()}, "number": 5, "foreign": {"model": {}, "epoch": 3},
-             "lacks": {k: v for k, v in c.items() if k != "rng"}, "weights": {**c, "model": {}},
+             "lacks": {k: v for k, v in c.items() if k != "stage"}, "weights": {**c, "model": {}},
              "config": {**c, "config": {"n_layer": "two"}}, "tokenizer": {**c, "tokenizer": "[]"},
              "unknown": {**c, "config": {**c["config"], "moe": 1}},
              "shape": {**c, "model": {**c["model"], "norm.weight": torch.ones(3)}}}

@@ -9,8 +9,8 @@ ageless         slots have no place before the segment, and the younger does not
 offsets         W_K and W_V are the self-attention's plus a difference that starts at zero
 own             every block claims for its own bank, also after block 2
 unpulled        claims that are all but certain are not pulled back
-noise           nor are they here: in training, logistic noise on the log-odds keeps all in play
-uniform         they are pulled back, and the noise is uniform, -1.5 to 1.5
+noise           nor are they here: logistic noise from the first step on keeps all in play
+early           train.py's noise on the claims from the first step on
 """
 import math
 import sys
@@ -53,19 +53,18 @@ class Mean(Always):
         return h.unflatten(2, (-1, self.chunk_size)).mean(dim=3), super().pool(h, s)[1]
 
 
-class Uniform(model.Memory):
-    def noise(self, u):
-        return 3.0 * u - 1.5
-
+class Noise(Unpulled):
     def pool(self, h, s):
+        self.noise = 0.0
         c, s = super().pool(h, s)
-        noise = self.noise(torch.rand_like(s[..., :1]))
+        noise = torch.rand_like(s[..., :1]).logit(eps=1e-6)  # u -> log u - log(1 - u)
         return c, s + noise if self.training and self.salience is not None else s
 
 
-class Noise(Uniform, Unpulled):
-    def noise(self, u):
-        return u.logit(eps=1e-6)  # log u - log(1 - u)
+class Early(model.Memory):
+    def pool(self, h, s):
+        self.noise = 1.5
+        return super().pool(h, s)
 
 
 class Ageless(model.Memory):
@@ -117,7 +116,7 @@ class Routed(Queries):
 
 
 RULES = {rule.__name__.lower(): rule
-         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise, Uniform)}
+         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise, Early)}
 
 if __name__ == "__main__":
     import train
