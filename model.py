@@ -24,10 +24,10 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 Of several in one segment the last one written meets the oldest slot, and becomes slot 0.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
 learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
-training pushes most of their claims below 3/4. Late in training noise moves the claims up and down,
-so those of facts and of the haystack end far from 3/4, whatever the machine and the seed. Block 1,
-which sees little but single words, claims for its own bank, block 2 for all later ones: so they
-hold rows of the same chunks.
+training pushes most of their claims below 3/4. Late in training there is noise on the claims, which
+drives those of facts and of the haystack far apart (tests/RESULTS.md). Block 1, which sees little
+but single words, claims for its own bank, block 2 for all later ones: so they hold rows of the same
+chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
@@ -163,7 +163,6 @@ class Memory(nn.Module):
         self.chunk_size, self.top_k = config.chunk_size, config.memory_top_k
         self.bptt_segments = config.bptt_segments
         self.threshold = math.log(config.claim_threshold / (1 - config.claim_threshold))
-        self.noise = 0.0  # of the claims' log-odds in training; train.py sets it
         kv = C // config.n_head * config.n_kv_head
         self.wk = nn.Linear(C, kv, bias=False)  # W_K
         self.wv = nn.Linear(C, kv, bias=False)  # W_V
@@ -319,6 +318,7 @@ class LM2(nn.Module):
             self.head.weight = self.embed.weight
         rope = rope_table(c, torch.arange(c.block_size))  # (2, T, D)
         self.register_buffer("rope", rope, persistent=False)
+        self.set_noise(0.0)
         self.init_weights()
 
     @torch.no_grad()
@@ -337,6 +337,13 @@ class LM2(nn.Module):
                 normal(module.weight, module.in_features**-0.5)
             if name.endswith("w_cand"):
                 nn.init.eye_(module.weight)
+
+    def set_noise(self, noise):
+        """In training, noise on the claims' log-odds: uniform, from -noise to noise."""
+        self.noise = noise
+        for block in self.blocks:
+            if block.memory is not None:
+                block.memory.noise = noise
 
     def num_params(self, memory=True):
         """How many parameters; memory=False: those of the decoder alone."""
@@ -399,9 +406,9 @@ class LM2(nn.Module):
             for state, target, weight in zip(*pieces):
                 nll = F.cross_entropy(self.head(state), target, ignore_index=-1, reduction="none")
                 loss = loss + (nll * weight).sum()
-            if self.training and log_odds is not None:
+            if self.training and log_odds is not None and not self.noise:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
-                # beyond log-odds of 6 it is pulled back
+                # until there is noise, it is pulled back beyond log-odds of 6
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
                 # each text's pull has the weight of its targets
                 loss = loss + (pull.mean(dim=(2, 3)) * weights.sum(dim=1)).sum()

@@ -114,7 +114,7 @@ def get_parser():
     flag("warmup_iters", 50, "steps until the learning rate is at its peak", count)
     flag("decay_share", 0.4, "share of the steps, at the end, in which it falls to zero", share)
     flag("answer_weight", 5.0, "of the answers' loss, beside the text's 1", number(float, 0, 1e6))
-    flag("claim_noise", 1.5, "most noise on a claim's log-odds, while the rate falls", rate)
+    flag("claim_noise", 3.0, "most noise on a claim's log-odds, while the rate falls", rate)
     flag("freeze_decoder", False, "train the memory alone")
     group("curriculum")
     flag("curriculum", "1,2,3,4,6,8,12,16", "most segments of a sample, stage by stage",
@@ -478,7 +478,6 @@ def train(args, checkpoint, model, training, held_out, meta):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["state"]})
     # what the last segment writes is read by nobody: some weights can be without gradient
     network = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
-    memories = [block.memory for block in model.blocks if block.memory]
     stopped = []
     before = {name: signal.signal(name, lambda *_: stopped.append(True))
               for name in (signal.SIGINT, signal.SIGTERM)}
@@ -538,10 +537,9 @@ def train(args, checkpoint, model, training, held_out, meta):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule
 
-        # noise on the claims, each step's and process's own, until facts and haystack lie far apart
+        # noise on the claims, each step's and process's own, drives facts and haystack apart
         torch.manual_seed(rng.getrandbits(62) + RANK)
-        for memory in memories:
-            memory.noise = args.claim_noise if down < 1 else 0.0
+        model.set_noise(args.claim_noise if down < 1 else 0.0)
         model.train()
         losses, right = 0.0, torch.zeros(len(running))
         for parts in zip(*(part.tensor_split(args.gradient_accumulation_steps) for part in batch)):

@@ -229,12 +229,13 @@ def test_in_training_log_odds_beyond_6_are_pulled_back():
     cost = 2 * (weights.sum(dim=1) * pull).sum()  # 2 blocks
     close(loss - none, cost, 1e-9)
     close(*(torch.autograd.grad(x, odds)[0] for x in (loss, cost)), 1e-9)
+    model.set_noise(3.0)  # instead of the pull
+    close(model(idx, idx, None, weights)[1], none, 1e-9)
 
 def test_noise_moves_claims_and_only_claims():
     model = make(torch.float32, n_layer=3)
     x, memory = torch.randn(4, 50, 8, 16), model.initial_memory(4)
-    for block in model.blocks:
-        block.memory.noise = 1.5
+    model.set_noise(1.5)
     (c, calm), (row, noisy) = (model.train(mode).blocks[0].memory.pool(x, None) for mode in (False, True))
     close(row, c, 1e-5)  # a chunk's tokens are mixed as without noise
     noise = (noisy - calm).mean(dim=-1)

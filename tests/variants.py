@@ -10,7 +10,7 @@ offsets         W_K and W_V are the self-attention's plus a difference that star
 own             every block claims for its own bank, also after block 2
 unpulled        claims that are all but certain are not pulled back
 noise           nor are they here: logistic noise from the first step on keeps all in play
-early           train.py's noise on the claims from the first step on
+uniform         they are pulled back, and uniform noise, -1.5 to 1.5, is there from the first step on
 """
 import math
 import sys
@@ -61,7 +61,7 @@ class Noise(Unpulled):
         return c, s + noise if self.training and self.salience is not None else s
 
 
-class Early(model.Memory):
+class Uniform(model.Memory):
     def pool(self, h, s):
         self.noise = 1.5
         return super().pool(h, s)
@@ -116,7 +116,7 @@ class Routed(Queries):
 
 
 RULES = {rule.__name__.lower(): rule
-         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise, Early)}
+         for rule in (Mean, Always, Queries, Routed, Ageless, Offsets, Own, Unpulled, Noise, Uniform)}
 
 if __name__ == "__main__":
     import train
