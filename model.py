@@ -23,11 +23,10 @@ the bank is a queue, the youngest slot first. A full segment is cut into chunks 
 3. which moves to the front. All other slots keep their content and move back.
 Of several in one segment the last one written meets the oldest slot, and becomes slot 0.
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
-learned. There a claim above 1/2 is enough to move to the front: needless rows then cost loss, and
-training pushes most of their claims below 3/4. Late in training there is noise on the claims, which
-drives those of facts and of the haystack far apart (tests/RESULTS.md). Block 1, which sees little
-but single words, claims for its own bank, block 2 for all later ones: so they hold rows of the same
-chunks.
+learned. There 1/2 is enough to move to the front: needless rows then cost loss, so training lowers
+their claims. While the learning rate falls, noise on the claims drives those of facts and of the
+haystack far apart, and 3/4 lies between (tests/RESULTS.md). Block 1, which sees little but single
+words, claims for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
 are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
