@@ -407,7 +407,7 @@ class LM2(nn.Module):
                 loss = loss + (nll * weight).sum()
             if self.training and log_odds is not None and not self.noise:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
-                # until there is noise, it is pulled back beyond log-odds of 6
+                # beyond log-odds of 6 it is pulled back, but not what noise has put there
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
                 # each text's pull has the weight of its targets
                 loss = loss + (pull.mean(dim=(2, 3)) * weights.sum(dim=1)).sum()
