@@ -25,7 +25,7 @@ Of several in one segment the last one written meets the oldest slot, and become
 In training P chunks, written or not, are mixed in, each as far as its claim: so claims can be
 learned. There 1/2 is enough to move to the front: needless rows then cost loss, so training lowers
 their claims. While the learning rate falls, noise on the claims drives those of facts and of the
-haystack far apart, and 3/4 lies between (tests/RESULTS.md). Block 1, which sees little but single
+haystack apart; 3/4 lies between, mostly (tests/RESULTS.md). Block 1, which sees little but single
 words, claims for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
 Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
@@ -187,7 +187,7 @@ class Memory(nn.Module):
         # s = 8 h w_sal, a salience for each token; 8: a larger step for this one vector
         if self.salience is not None:
             s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
-            if self.training and self.noise:  # one for a chunk, so its row stays as it is
+            if self.training and self.noise:  # of set_noise; one number a chunk: its row stays
                 s = s + torch.empty_like(s[..., :1]).uniform_(-self.noise, self.noise)
         # c = sum over the chunk of softmax(s) h
         return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s

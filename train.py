@@ -537,7 +537,7 @@ def train(args, checkpoint, model, training, held_out, meta):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule
 
-        # noise on the claims, each step's and process's own, drives facts and haystack apart
+        # noise on the claims, its seed each step's and process's own: a resumed run has the same
         torch.manual_seed(rng.getrandbits(62) + RANK)
         model.set_noise(args.claim_noise if down < 1 else 0.0)
         model.train()
