@@ -28,10 +28,10 @@ their claims. While the learning rate falls, noise on the claims drives those of
 haystack apart; 3/4 lies between, mostly (tests/RESULTS.md). Block 1, which sees little but single
 words, claims for its own bank, block 2 for all later ones: so they hold rows of the same chunks.
 Tokens read the bank as it was before their segment: no token sees a later one.
-Why chunks: where each token chooses a slot by its content, all choose the same one, and two facts
-are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its index,
-so a read can prefer the later of two facts. Why one claim for many banks: where each block claims
-for itself, some end up writing all, or nothing. Other rules, measured: README, tests/variants.py.
+Why tokens do not choose a slot by their content: early in training all choose the same one, and two
+facts are averaged before anything has learned to keep them apart. Why a queue: a slot's age is its
+index, so a read can prefer the later of two facts. Why one claim for many banks: where each block
+claims for itself, some end up writing all, or nothing. Other rules, measured: README.
 
 Each equation stands above its line, as it is here and, where that differs, as printed (README says
 why). E: tokens' states, M: the bank, m: its slots, normalised, h: a block's input, normalised and
@@ -180,14 +180,14 @@ class Memory(nn.Module):
 
     def pool(self, h, s):
         """
-        h (B, S, T, C), saliences s (B, S, J, w) of the block before -> a row for each chunk
-        (B, S, J, C), s.
+        h (B, S, T, C) -> a row for each chunk (B, S, J, C), and the tokens' saliences s
+        (B, S, J, w): the block's own, or those of the block before, which come in.
         """
         h = h.unflatten(2, (-1, self.chunk_size))  # (B, S, J, w, C)
         # s = 8 h w_sal, a salience for each token; 8: a larger step for this one vector
         if self.salience is not None:
             s = 8.0 * (h * self.salience).sum(dim=-1)  # (B, S, J, w)
-            if self.training and self.noise:  # of set_noise; one number a chunk: its row stays
+            if self.training and self.noise:  # of set_noise; one a chunk: softmax(s) stays
                 s = s + torch.empty_like(s[..., :1]).uniform_(-self.noise, self.noise)
         # c = sum over the chunk of softmax(s) h
         return (s.softmax(dim=-1)[..., None] * h).sum(dim=3), s
@@ -407,7 +407,7 @@ class LM2(nn.Module):
                 loss = loss + (nll * weight).sum()
             if self.training and log_odds is not None and not self.noise:
                 # a claim that is all but certain, yes or no, has no gradient that could change it:
-                # beyond log-odds of 6 it is pulled back, but not what noise has put there
+                # beyond log-odds of 6 it is pulled back; not while noise puts it there
                 pull = 0.05 * (log_odds.abs() - 6.0).clamp(min=0).square()  # (L, B, S, J)
                 # each text's pull has the weight of its targets
                 loss = loss + (pull.mean(dim=(2, 3)) * weights.sum(dim=1)).sum()
